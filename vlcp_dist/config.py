@@ -1,0 +1,309 @@
+"""The whole configuration: one strict schema, loaded from YAML plus `key=value` overrides, and its fingerprints."""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+PROMPT = (
+    "Describe the physical appearance of the {class_name} in the image. "
+    "Include details about its shape, posture, color, and any distinct features."
+)
+REAL_METHODS = ("random", "k-center", "herding", "full")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the way out."""
+
+
+def _knob(default: Any, **limits: Any) -> Any:
+    """A field that changes speed or memory but not what a stage computes: left out of fingerprints."""
+    return Field(default, json_schema_extra={"fingerprint": False}, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Section):
+    """Where the real images are and how they are split (METHOD: Classes)."""
+
+    source: Literal["digits", "imagefolder", "webdataset"]
+    path: str | None = None
+    classes: list[str] | Literal["imagenette", "imagewoof", "imageidc", "imagenet100"] | None = None
+    class_names: str | None = None
+    image_size: int = Field(32, ge=8, description="pixels of the bundled digits; other sources keep their own")
+    validation: float = Field(0.1, ge=0, lt=1, description="share of the training images kept for choosing settings")
+    test: float | None = Field(
+        None, gt=0, lt=1, description="share held out when the source has no test split of its own"
+    )
+    limit_per_class: int | None = Field(None, ge=1, description="training images per class, for a trial")
+    shard_size: int = Field(2000, ge=1, description="images per unit of work of caption and encode")
+    max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused as decompression bombs")
+
+
+class Caption(Section):
+    """Describe every image (METHOD 1)."""
+
+    captioner: Literal["llava", "measured"] = "llava"
+    model: str = "llava-hf/llava-1.5-7b-hf"
+    revision: str | None = None
+    prompt: str = PROMPT
+    max_new_tokens: int = Field(160, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    batch_size: int = _knob(32, ge=1)
+
+    @model_validator(mode="after")
+    def _prompt_names_the_class(self) -> "Caption":
+        if "{class_name}" not in self.prompt:
+            raise ValueError("caption.prompt must contain {class_name}")
+        return self
+
+
+class Pretrain(Section):
+    """Make a small Stable Diffusion from the training images, for machines without pretrained weights."""
+
+    vae_steps: int = Field(350, ge=1)
+    contrastive_steps: int = Field(150, ge=0)
+    num_threads: int = Field(2, ge=1)
+
+
+class Diffusion(Section):
+    """The latent diffusion model: a local folder or a hub id in diffusers layout, or none when `pretrain` makes it."""
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+
+
+class Encode(Section):
+    """VAE latents of every image (METHOD 3)."""
+
+    image_size: int = Field(512, ge=8, multiple_of=8)
+    resize: Literal["squash", "center"] = "squash"
+    batch_size: int = _knob(32, ge=1)
+
+
+class Finetune(Section):
+    """Train the U-Net on (latent, description) pairs with the noise-prediction loss (METHOD 2, Eq. 1)."""
+
+    epochs: int = Field(8, ge=1)
+    batch_size: int = Field(32, ge=1, description="global batch, over all workers")
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained without text")
+    gradient_checkpointing: bool = False
+    num_threads: int = Field(1, ge=1, description="CPU threads of one worker")
+    workers: int = _knob(1, ge=1)
+    checkpoint_every: int = _knob(500, ge=1, description="steps")
+
+
+class Prototypes(Section):
+    """Outliers, image prototypes and text prototypes per class (METHOD 4-6)."""
+
+    n_neighbors: int = Field(10, ge=1)
+    contamination: float = Field(0.1, ge=0, le=0.5)
+    n_init: int = Field(10, ge=1)
+    max_iter: int = Field(300, ge=1)
+    beta: float = Field(0.7, gt=0, le=1)
+    k: int = Field(30, ge=1)
+    matching: Literal["word", "substring"] = "word"
+
+
+class Synthesize(Section):
+    """Turn each pair of prototypes into an image (METHOD 7, Eq. 6; strategies of Table 5)."""
+
+    strategies: list[Literal["L", "L+FK", "GGS", "DCS", "DCS-shuffled"]] = Field(
+        ["DCS"], min_length=1, json_schema_extra={"fingerprint": False}
+    )
+    strength: float = Field(0.7, gt=0, le=1)
+    guidance_scale: float = Field(10.0, ge=1)
+    num_inference_steps: int = Field(50, ge=1)
+    negative_prompt: str = "cartoon, anime, painting"
+    image_size: int = Field(256, ge=8)
+    batch_size: int = _knob(32, ge=1)
+    prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
+
+
+class Evaluate(Section):
+    """Train classifiers on the distilled images, test them on real ones (METHOD 8, hard label)."""
+
+    baselines: list[Literal["random", "k-center", "herding", "full"]] = Field(
+        [], json_schema_extra={"fingerprint": False}
+    )
+    nets: list[str] = Field(["resnetap10"], min_length=1, json_schema_extra={"fingerprint": False})
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False}
+    )
+    split: Literal["validation", "test"] = "test"
+    width: int | None = Field(None, ge=1, description="channels of a ConvNet, 128 when not given")
+    image_size: int = Field(256, ge=8)
+    epochs: int | dict[int, int] | None = Field(
+        None, description="the published schedule by IPC when not given; {ipc: epochs}, 0 for the full data"
+    )
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    cutmix_probability: float = Field(1.0, ge=0, le=1)
+    flip: float = Field(0.5, ge=0, le=1)
+    crop_scale: float = Field(0.5, gt=0, le=1, description="smallest share of the area kept by a random crop")
+    color_jitter: float = Field(0.4, ge=0)
+    lighting: float = Field(0.1, ge=0)
+    evaluations: int = Field(100, ge=1, description="how often the test split is looked at in a training")
+
+
+class Engine(Section):
+    """Where the work runs. Nothing here changes a result."""
+
+    kind: Literal["ray", "serial"] = "ray"
+    address: str | None = None
+    workers: int | None = Field(None, ge=1, description="actors; as many as the cluster holds when not given")
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="1 when the cluster has GPUs, when not given")
+    max_retries: int = Field(2, ge=0, description="further attempts at a unit that raised an error")
+    unit_timeout: float | None = Field(None, gt=0, description="seconds")
+    start_timeout: float = Field(300, gt=0, description="seconds to wait for the first actor")
+
+
+class Config(Section):
+    """A whole run. `ipc` is a list: asking for one more later pays only for the difference."""
+
+    root: str
+    seed: int = Field(0, ge=0)
+    ipc: list[Annotated[int, Field(ge=1)]] = Field([10], min_length=1, json_schema_extra={"fingerprint": False})
+    data: Data
+    caption: Caption = Caption()
+    pretrain: Pretrain | None = None
+    diffusion: Diffusion = Diffusion()
+    encode: Encode = Encode()
+    finetune: Finetune = Finetune()
+    prototypes: Prototypes = Prototypes()
+    synthesize: Synthesize = Synthesize()
+    evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
+    max_failed_samples: int = Field(0, ge=0, json_schema_extra={"fingerprint": False})
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "Config":
+        if self.data.source != "digits" and not self.data.path:
+            raise ValueError(f"data.path is needed for data.source: {self.data.source}")
+        if (self.diffusion.model is None) == (self.pretrain is None):
+            raise ValueError(
+                "give either diffusion.model (a folder or hub id of a Stable Diffusion) "
+                "or a pretrain section (a small one is then made from the training images)"
+            )
+        if self.pretrain and self.encode.image_size != 32:
+            raise ValueError("encode.image_size must be 32 with a pretrain section: its model is made for 32 px")
+        for name, values in (("ipc", self.ipc), ("evaluate.seeds", self.evaluate.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} holds a value twice: {values}")
+        if self.finetune.batch_size % self.finetune.workers:
+            raise ValueError(
+                f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
+                f"finetune.workers {self.finetune.workers}"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, or a key or value is not valid.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def fingerprint(part: Any) -> str:
+    """Eight hex digits that name a part of the configuration: the same part, the same digits."""
+    text = json.dumps(part, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def content(section: BaseModel | None) -> dict[str, Any] | None:
+    """The fields of a section that its results depend on, as JSON-ready data."""
+    if section is None:
+        return None
+    fields = type(section).model_fields
+    keep = {name for name, field in fields.items() if _in_fingerprint(field)}
+    return section.model_dump(mode="json", include=keep)
+
+
+def _in_fingerprint(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("fingerprint") is False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as ipc=[10,50]")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} holds a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            lines.append(f"unknown key {key!r}; {hint}")
+        elif key:
+            lines.append(f"{key} = {item['input']!r}: {item['msg']}")
+        else:
+            lines.append(item["msg"].removeprefix("Value error, "))
+    return f"{path}: " + "\n  ".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        found = _section_type(model.model_fields[str(part)].annotation)
+        if found is None:
+            break
+        model = found
+    return list(model.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -1,0 +1,106 @@
+"""What is to be done and what is done: units, outcomes, and the markers that alone make a unit count as done."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import vlcp_dist
+from vlcp_dist.data import storage
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A named piece of a stage's work; `size` counts its samples, `payload` is JSON-ready."""
+
+    name: str
+    size: int
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that was left out, and why."""
+
+    key: str
+    reason: str
+    source: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a worker made of a unit: files by path inside the stage folder, and the samples that failed.
+
+    A file is given as bytes, or as a local path to copy from (for model weights).
+    """
+
+    files: dict[str, bytes | Path]
+    n_in: int
+    failed: list[Failure] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+Marker = dict[str, Any]
+
+
+class StageFolder:
+    """`<root>/<stage>-<fingerprint>/`: the files of a stage and, in `done/`, a marker for each finished unit."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def plan(self, description: Mapping[str, Any]) -> None:
+        """Leave `plan.json`, which says what the folder was made from, unless it is there already."""
+        storage.create(self.path / "plan.json", _json(description))
+
+    def commit(self, unit: Unit, outcome: Outcome, seconds: float) -> Marker:
+        """Write a unit's files, then its marker. Only the marker makes it count."""
+        files = {}
+        for name, content in outcome.files.items():
+            digest = storage.write(self.path / name, content)
+            files[name] = {"bytes": (self.path / name).stat().st_size, "sha256": digest}
+        marker = {
+            "unit": unit.name,
+            "n_in": outcome.n_in,
+            "n_ok": outcome.n_in - len(outcome.failed),
+            "n_failed": len(outcome.failed),
+            "failed": [asdict(failure) for failure in outcome.failed],
+            "files": files,
+            "info": outcome.info,
+            "seconds": round(seconds, 3),
+            "finished": round(time.time(), 3),
+            "version": vlcp_dist.__version__,
+        }
+        storage.write(self._marker_path(unit.name), _json(marker))
+        return marker
+
+    def done(self, units: Iterable[Unit]) -> dict[str, Marker]:
+        """The markers of those units that are done: a marker whose files are missing or of another size is not."""
+        markers = {}
+        for unit in units:
+            marker = self.marker(unit.name)
+            if marker is not None:
+                markers[unit.name] = marker
+        return markers
+
+    def marker(self, name: str) -> Marker | None:
+        try:
+            marker: Marker = json.loads(self._marker_path(name).read_bytes())
+        except FileNotFoundError:
+            return None
+        return marker if all(self._intact(file, facts) for file, facts in marker["files"].items()) else None
+
+    def _intact(self, name: str, facts: Mapping[str, Any]) -> bool:
+        try:
+            return (self.path / name).stat().st_size == facts["bytes"]
+        except FileNotFoundError:
+            return False
+
+    def _marker_path(self, name: str) -> Path:
+        return self.path / "done" / f"{name}.json"
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()

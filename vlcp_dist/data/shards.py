@@ -1,0 +1,98 @@
+"""WebDataset tars: packed to the same bytes every time, read in order or by key through a memory map."""
+
+import io
+import mmap
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+
+class ShardError(ValueError):
+    """A tar that cannot be trusted; the message names it and says what to do."""
+
+
+def pack(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+    """Tar `(key, {extension: bytes})` samples. Times and owners are fixed, so equal samples give equal bytes."""
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, mtime=0, user="vlcp", group="vlcp", encoder=False) as writer:
+        for key, parts in samples:
+            writer.write({"__key__": key, **parts})
+    return buffer.getvalue()
+
+
+def read(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of a tar in their order.
+
+    Raises:
+        ShardError: the tar is cut short or damaged.
+    """
+    key, parts = "", dict[str, bytes]()
+    with path.open("rb") as file:
+        for name, offset, size in _members(path):
+            stem, _, extension = name.partition(".")
+            if stem != key and parts:
+                yield key, parts
+                parts = {}
+            key = stem
+            file.seek(offset)
+            parts[extension] = file.read(size)
+    if parts:
+        yield key, parts
+
+
+class Arrays(Mapping[str, np.ndarray]):
+    """The `.npy` members of many tars by key. Nothing is read before it is asked for, nothing is copied."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self._maps: list[mmap.mmap] = []
+        self._where: dict[str, tuple[int, int, int]] = {}
+        for path in paths:
+            with path.open("rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for name, offset, size in _members(path):
+                key, _, extension = name.partition(".")
+                if extension == "npy":
+                    self._where[key] = (len(self._maps) - 1, offset, size)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        shard, offset, size = self._where[key]
+        return parse_npy(memoryview(self._maps[shard])[offset : offset + size])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def parse_npy(data: memoryview | bytes) -> np.ndarray:
+    """A read-only view of `.npy` bytes, without a copy."""
+    header = io.BytesIO(bytes(data[:128]))
+    version = np.lib.format.read_magic(header)
+    if version != (1, 0):
+        raise ShardError(f"unexpected .npy version {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+    if fortran or dtype.hasobject:
+        raise ShardError(f"unexpected .npy layout: fortran={fortran}, dtype={dtype}")
+    return np.frombuffer(data, dtype=dtype, offset=header.tell()).reshape(shape)
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            size = path.stat().st_size
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    raise ShardError(f"{path} is cut short in {member.name}; delete it and run again")
+                yield member.name, member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise ShardError(f"{path} is not a whole tar ({error}); delete it and run again") from error

@@ -1,0 +1,1 @@
+"""Runs the units of a stage, in this process or on Ray actors."""
