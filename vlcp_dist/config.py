@@ -12,15 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from vlcp_dist.errors import ConfigError
+
 PROMPT = (
     "Describe the physical appearance of the {class_name} in the image. "
     "Include details about its shape, posture, color, and any distinct features."
 )
 REAL_METHODS = ("random", "k-center", "herding", "full")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, the value and the way out."""
 
 
 def _knob(default: Any, **limits: Any) -> Any:
@@ -130,6 +128,7 @@ class Synthesize(Section):
     strength: float = Field(0.7, gt=0, le=1)
     guidance_scale: float = Field(10.0, ge=1)
     num_inference_steps: int = Field(50, ge=1)
+    scheduler: Literal["pndm", "ddim"] = "pndm"
     negative_prompt: str = "cartoon, anime, painting"
     image_size: int = Field(256, ge=8)
     batch_size: int = _knob(32, ge=1)
@@ -143,9 +142,7 @@ class Evaluate(Section):
         [], json_schema_extra={"fingerprint": False}
     )
     nets: list[str] = Field(["resnetap10"], min_length=1, json_schema_extra={"fingerprint": False})
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False}
-    )
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False})
     split: Literal["validation", "test"] = "test"
     width: int | None = Field(None, ge=1, description="channels of a ConvNet, 128 when not given")
     image_size: int = Field(256, ge=8)

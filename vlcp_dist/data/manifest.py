@@ -1,6 +1,7 @@
 """What is to be done and what is done: units, outcomes, and the markers that alone make a unit count as done."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -36,10 +37,11 @@ class Outcome:
     A file is given as bytes, or as a local path to copy from (for model weights).
     """
 
-    files: dict[str, bytes | Path]
+    files: Mapping[str, bytes | Path]
     n_in: int
     failed: list[Failure] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    obsolete: list[str] = field(default_factory=list)  # files of the unit's way here, deleted once it is done
 
 
 Marker = dict[str, Any]
@@ -50,6 +52,7 @@ class StageFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._last_heartbeat = 0.0
 
     def plan(self, description: Mapping[str, Any]) -> None:
         """Leave `plan.json`, which says what the folder was made from, unless it is there already."""
@@ -74,6 +77,8 @@ class StageFolder:
             "version": vlcp_dist.__version__,
         }
         storage.write(self._marker_path(unit.name), _json(marker))
+        for name in outcome.obsolete:
+            (self.path / name).unlink(missing_ok=True)
         return marker
 
     def done(self, units: Iterable[Unit]) -> dict[str, Marker]:
@@ -91,6 +96,24 @@ class StageFolder:
         except FileNotFoundError:
             return None
         return marker if all(self._intact(file, facts) for file, facts in marker["files"].items()) else None
+
+    def heartbeat(self, phase: str, step: int, steps: int, loss: float) -> None:
+        """Let whoever watches know how far a long unit is; written at most once a second and at the end."""
+        now = time.monotonic()
+        if step < steps and now - self._last_heartbeat < 1:
+            return
+        self._last_heartbeat = now
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".heartbeat.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps({"phase": phase, "step": step, "steps": steps, "loss": loss}))
+        temporary.replace(self.path / "heartbeat.json")
+
+    def last_heartbeat(self) -> dict[str, Any] | None:
+        try:
+            beat: dict[str, Any] = json.loads((self.path / "heartbeat.json").read_text())
+        except FileNotFoundError:
+            return None
+        return beat
 
     def _intact(self, name: str, facts: Mapping[str, Any]) -> bool:
         try:

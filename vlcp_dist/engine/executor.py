@@ -42,7 +42,7 @@ class Event:
 
 
 class Executor:
-    """Keeps the worker of the current job, so that a model is loaded once for many units."""
+    """Keeps the worker of the current stage, so that a model is loaded once for many units."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -50,12 +50,14 @@ class Executor:
 
     def process(self, job: Job, unit: Unit) -> Marker:
         import torch
+        from threadpoolctl import threadpool_limits
 
         torch.set_num_threads(job.threads)
-        if self._worker is None or self._stage != job.stage:
-            self._worker = None  # frees the memory of the stage before
-            self._worker = job.make_worker(job.argument)
-            self._stage = job.stage
-        start = time.perf_counter()
-        outcome = self._worker.process(unit)
-        return job.folder.commit(unit, outcome, time.perf_counter() - start)
+        with threadpool_limits(job.threads):
+            if self._worker is None or self._stage != job.stage:
+                self._worker = None  # frees the memory of the stage before
+                self._worker = job.make_worker(job.argument)
+                self._stage = job.stage
+            start = time.perf_counter()
+            outcome = self._worker.process(unit)
+            return job.folder.commit(unit, outcome, time.perf_counter() - start)

@@ -19,8 +19,11 @@ class SerialEngine:
                     break
                 except Exception as error:
                     message = f"{type(error).__name__}: {error}"
-                    kind = "retry" if attempt < self._max_retries else "failed"
+                    final = isinstance(error, ValueError) or attempt == self._max_retries
+                    kind = "failed" if final else "retry"
                     on_event(Event(kind, unit, message=message, traceback=traceback.format_exc()))
+                    if final:
+                        break
 
     def close(self) -> None:
         self._executor = Executor()

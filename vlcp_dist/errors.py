@@ -1,0 +1,9 @@
+"""The errors that a user can mend: they are shown as one message, without a traceback."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the way out."""
+
+
+class StageFailed(RuntimeError):
+    """A stage did not finish; the message says what failed, where it is written and what to do."""

@@ -1,0 +1,60 @@
+"""caption: a description of every training image, in one tar for each shard."""
+
+import json
+from collections import Counter
+
+from vlcp_dist.config import content
+from vlcp_dist.data import shards
+from vlcp_dist.data.images import BadImage
+from vlcp_dist.data.manifest import Failure, Outcome, Unit
+from vlcp_dist.models.captioner import load_captioner
+from vlcp_dist.ops.text import clean_description
+from vlcp_dist.stages.base import Run, Stage, device, dtype
+
+
+def units(run: Run) -> list[Unit]:
+    return [Unit(name, size=len(rows)) for name, rows in run.index.shards.items()]
+
+
+class Worker:
+    def __init__(self, run: Run):
+        cfg = run.cfg.caption
+        self._run = run
+        self._captioner = load_captioner(
+            cfg.captioner,
+            model=cfg.model,
+            revision=cfg.revision,
+            prompt=cfg.prompt,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            batch_size=cfg.batch_size,
+            device=device(),
+            dtype=dtype(cfg.dtype),
+            seed=run.cfg.seed,
+        )
+
+    def process(self, unit: Unit) -> Outcome:
+        """`<shard>.tar` with `key.txt` (cleaned description) and `key.json` (as generated, tokens, finish reason)."""
+        index = self._run.index
+        rows, images, failed = [], [], []
+        for row in index.shards[unit.name]:
+            try:
+                images.append(self._run.decode(row))
+                rows.append(row)
+            except BadImage as error:
+                failed.append(Failure(row.key, str(error), row.ref))
+        captions = self._captioner.describe(images, [index.names[row.class_id] for row in rows])
+        samples, counts = [], Counter[str]()
+        for row, caption in zip(rows, captions, strict=True):
+            text = clean_description(caption.text)
+            if not text:
+                failed.append(Failure(row.key, "empty description", row.ref))
+                continue
+            counts[f"finished_{caption.finish_reason}"] += 1
+            counts["tokens"] += caption.tokens
+            facts = {"raw": caption.text, "tokens": caption.tokens, "finish_reason": caption.finish_reason}
+            samples.append((row.key, {"json": json.dumps(facts, ensure_ascii=False).encode(), "txt": text.encode()}))
+        return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed, dict(counts))
+
+
+STAGE = Stage("caption", upstream=("index",), content=lambda cfg: content(cfg.caption), units=units, worker=Worker)

@@ -1,0 +1,171 @@
+"""evaluate and baselines: train classifiers on distilled or on chosen real images, test them on real ones (METHOD 8)."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlcp_dist.config import REAL_METHODS, Config, content
+from vlcp_dist.data.index import Row
+from vlcp_dist.data.manifest import Failure, Outcome, Unit
+from vlcp_dist.models.hard_label import Protocol, train
+from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
+from vlcp_dist.stages.base import Run, Stage, class_shards, device
+from vlcp_dist.stages.synthesize import image_path
+
+FULL = 0  # the IPC that stands for all the real training images
+
+
+def distilled_units(run: Run) -> list[Unit]:
+    return [
+        unit
+        for method in run.cfg.synthesize.strategies
+        for ipc in run.cfg.ipc
+        for unit in _trainings(run, method, ipc, images=ipc * len(run.index.by_class))
+    ]
+
+
+def baseline_units(run: Run) -> list[Unit]:
+    everything = len(list(run.index.split("train")))
+    return [
+        unit
+        for method in run.cfg.evaluate.baselines
+        for ipc in ([FULL] if method == "full" else run.cfg.ipc)
+        for unit in _trainings(
+            run, method, ipc, images=everything if method == "full" else ipc * len(run.index.by_class)
+        )
+    ]
+
+
+def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
+    cfg = run.cfg.evaluate
+    return [
+        Unit(
+            f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/seed={seed}",
+            size=images,
+            payload={"method": method, "ipc": ipc, "net": net, "seed": seed},
+        )
+        for net in cfg.nets
+        for seed in cfg.seeds
+    ]
+
+
+class Worker:
+    """Holds the real test images, trains one net per unit."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        cfg = run.cfg.evaluate
+        rows = list(run.index.split(cfg.split))
+        if not rows:
+            raise ValueError(f"the {cfg.split} split holds no image; see data.validation and data.test")
+        self._test, self._test_labels, self._failed = self._load(rows)
+
+    def process(self, unit: Unit) -> Outcome:
+        """`<method>/ipc=<ipc>/<net>/seed=<seed>.json`: the whole protocol, best and last top-1, the curve."""
+        method, ipc, net, seed = (unit.payload[name] for name in ("method", "ipc", "net", "seed"))
+        if method in REAL_METHODS:
+            images, labels, failed = self._load(self._choose(method, ipc, seed))
+        else:
+            images, labels, failed = *self._distilled(method, ipc), []
+        classes = self._run.index.classes
+        result = train(
+            images,
+            labels,
+            self._test,
+            self._test_labels,
+            num_classes=len(classes),
+            ipc=ipc or len(images) // len(classes),
+            protocol=self._protocol(net, ipc),
+            seed=seed,
+            device=device(),
+        )
+        record = {
+            "method": method,
+            "ipc": "full" if ipc == FULL else ipc,
+            "net": net,
+            "seed": seed,
+            "split": self._run.cfg.evaluate.split,
+            "classes": [info.id for info in classes],
+            "test_images": len(self._test),
+            **asdict(result),
+        }
+        seconds = record.pop("seconds")
+        files = {f"{unit.name}.json": (json.dumps(record, indent=1) + "\n").encode()}
+        return Outcome(
+            files, len(images) + len(failed) + len(self._failed), failed + self._failed, {"seconds": seconds}
+        )
+
+    def _protocol(self, net: str, ipc: int) -> Protocol:
+        cfg = self._run.cfg.evaluate
+        epochs = cfg.epochs
+        if isinstance(epochs, dict):
+            if ipc not in epochs:
+                raise ValueError(f"evaluate.epochs has no entry for ipc {ipc} (0 is the full data); it has {epochs}")
+            epochs = epochs[ipc]
+        return Protocol(
+            net=net,
+            image_size=cfg.image_size,
+            width=cfg.width,
+            epochs=epochs,
+            batch_size=cfg.batch_size,
+            lr=cfg.lr,
+            weight_decay=cfg.weight_decay,
+            cutmix_probability=cfg.cutmix_probability,
+            flip=cfg.flip,
+            crop_scale=(cfg.crop_scale, 1.0),
+            color_jitter=cfg.color_jitter,
+            lighting=cfg.lighting,
+            evaluations=cfg.evaluations,
+        )
+
+    def _distilled(self, method: str, ipc: int) -> tuple[torch.Tensor, torch.Tensor]:
+        folder = self._run.folders["synthesize"].path
+        names = [(class_id, c) for class_id in self._run.index.by_class for c in range(ipc)]
+        arrays = [np.asarray(Image.open(folder / image_path(method, ipc, class_id, c))) for class_id, c in names]
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
+
+    def _choose(self, method: str, ipc: int, seed: int) -> list[Row]:
+        """The baseline's real images: from every class those that the rule picks by their latents."""
+        if method == "full":
+            return list(self._run.index.split("train"))
+        chosen = []
+        for class_id, rows in self._run.index.by_class.items():
+            latents = self._run.latents(class_shards(rows))
+            usable = [row for row in rows if row.key in latents]
+            if method == "random":
+                digest = hashlib.sha256(f"{seed}/{class_id}".encode()).digest()
+                picks = random_subset(len(usable), ipc, seed=int.from_bytes(digest[:7], "big"))
+            else:
+                x = torch.from_numpy(np.stack([latents[row.key] for row in usable])).float().flatten(1)
+                picks = (k_center_greedy if method == "k-center" else herding)(x.to(device()), ipc)
+            chosen += [usable[i] for i in picks.tolist()]
+        return chosen
+
+    def _load(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, list[Failure]]:
+        size = self._run.cfg.evaluate.image_size
+        needed, present = (
+            len(rows) * 3 * size * size,
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+        )
+        if needed > 0.8 * present:
+            raise ValueError(
+                f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, {present / 2**30:.1f} GiB are "
+                f"free; use a smaller evaluate.image_size, fewer workers, or leave `full` out of evaluate.baselines"
+            )
+        good, arrays, failed = self._run.images(rows, size, crop="center")
+        labels = torch.tensor([self._run.index.labels[row.class_id] for row in good])
+        return torch.from_numpy(np.stack(arrays)), labels, failed
+
+
+def _content(cfg: Config) -> object:
+    return content(cfg.evaluate)
+
+
+BASELINES = Stage("baselines", upstream=("index", "encode"), content=_content, units=baseline_units, worker=Worker)
+EVALUATE = Stage("evaluate", upstream=("index", "synthesize"), content=_content, units=distilled_units, worker=Worker)
