@@ -1,0 +1,167 @@
+"""The hard-label protocol's augmentation, on whole batches where they lie (METHOD.md 8).
+
+Every draw comes from a CPU generator and is then moved, so that CPU and CUDA see the same crops and colours. (kornia draws
+from the global RNG only, and takes no generator.) One resampling does crop, resize and flip; one affine
+map of RGB does jitter and lighting.
+"""
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY = (0.299, 0.587, 0.114)
+# Principal components of ImageNet's RGB values in [0, 1] (Krizhevsky et al. 2012): one component per column.
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+CROP_ATTEMPTS = 10
+
+
+def augment(
+    images: Tensor,
+    *,
+    crop_scale: tuple[float, float],
+    flip: float,
+    color_jitter: float,
+    lighting: float,
+    generator: Generator,
+) -> Tensor:
+    """Random resized crop, flip, colour jitter, lighting and normalisation, drawn anew for every image.
+
+    uint8 (b, 3, h, w) -> float32 (b, 3, h, w) on the same device. `crop_scale` is a range of area, `flip` a probability,
+    `color_jitter` the half-width of the three factors' range about 1, `lighting` a standard deviation; `generator` is
+    on the CPU.
+    """
+    count, _, height, width = images.shape
+    crops = draw_crops(count, height, width, scale=crop_scale, generator=generator)
+    flips = torch.rand(count, generator=generator) < flip
+    factors = 1 + color_jitter * (2 * torch.rand(count, 3, generator=generator) - 1)
+    shifts = draw_lighting(count, lighting, generator=generator)
+    device = images.device
+    pixels = crop_and_flip(images.float().div_(255), crops.to(device), flips.to(device))
+    return normalize(recolor(pixels, factors.to(device), shifts.to(device)))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(b, 3, h, w) in [0, 1] to ImageNet's zero mean and unit variance."""
+    mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = images.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return (images - mean) / std
+
+
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """uint8 (b, 3, h, w) -> uint8 (b, 3, size, size): shorter side to `size` (bilinear, antialiased), centre crop."""
+    height, width = images.shape[-2:]
+    if height == width == size:
+        return images
+    shorter = min(height, width)
+    shape = (height * size // shorter, width * size // shorter)
+    resized = F.interpolate(images.float(), shape, mode="bilinear", antialias=True, align_corners=False)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    return resized[..., top : top + size, left : left + size].round_().clamp_(0, 255).to(torch.uint8)
+
+
+def draw_crops(
+    count: int,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    generator: Generator,
+) -> Tensor:
+    """Boxes (count, 4) int64 of top, left, height, width: area uniform in `scale`, aspect log-uniform in `ratio`.
+
+    As usual for random resized crops, a box takes the first of ten attempts that fits; if none does, it is the largest
+    centred box of an allowed aspect.
+    """
+    area = height * width * torch.empty(count, CROP_ATTEMPTS).uniform_(*scale, generator=generator)
+    log_ratio = torch.tensor(ratio).log()
+    aspect = torch.empty(count, CROP_ATTEMPTS).uniform_(*log_ratio.tolist(), generator=generator).exp()
+    corner = torch.rand(count, 2, generator=generator)
+
+    widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    w, h = widths.gather(1, first)[:, 0], heights.gather(1, first)[:, 0]
+    top, left = (corner[:, 0] * (height - h + 1)).floor(), (corner[:, 1] * (width - w + 1)).floor()
+
+    whole_w, whole_h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+    whole = torch.tensor([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
+    boxes = torch.stack([top, left, h, w], dim=1).long()
+    return torch.where(fits.any(dim=1, keepdim=True), boxes, whole)
+
+
+def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
+    """Each float image's box stretched to the whole image by bilinear interpolation, then mirrored where `flips`.
+
+    images (b, c, h, w), crops (b, 4) as from `draw_crops`, flips (b,) bool. Equal to cropping first: no pixel outside the
+    box is read. There is no antialiasing, because a box is never larger than the image it fills.
+    """
+    height, width = images.shape[-2:]
+    top, left, crop_height, crop_width = crops.to(images.dtype).unsqueeze(-1).unbind(1)  # each (b, 1)
+    y = _sample_positions(height, top, crop_height)
+    x = _sample_positions(width, left, crop_width)
+    x = torch.where(flips[:, None], x.flip(1), x)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+
+
+def _sample_positions(size: int, start: Tensor, length: Tensor) -> Tensor:
+    """Where `size` pixels that cover [start, start + length) sample an axis of `size` pixels; in [-1, 1] (b, size)."""
+    centres = (torch.arange(size, device=start.device, dtype=start.dtype) + 0.5) / size
+    inside = (start + centres * length).clamp(start + 0.5, start + length - 0.5)
+    return inside * (2 / size) - 1
+
+
+def draw_lighting(count: int, std: float, *, generator: Generator) -> Tensor:
+    """RGB shifts (count, 3) along ImageNet's principal components, each weighted by N(0, std) times its eigenvalue."""
+    alpha = std * torch.randn(count, 3, generator=generator)
+    return (alpha * torch.tensor(PCA_VALUES)) @ torch.tensor(PCA_VECTORS).T
+
+
+def recolor(images: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
+    """Brightness, contrast and saturation by `factors` (b, 3), then `shifts` (b, 3) added to RGB; (b, 3, h, w) in [0, 1].
+
+    Each adjustment blends an image with black, its mean grey, or its own grey version. The protocol does not clip and
+    shuffles the three per image; without clipping they commute, so no order is drawn: grey blending keeps the
+    mean grey, and brightness scales image and mean grey alike.
+    """
+    grey = images.new_tensor(GREY)
+    brightness, contrast, saturation = factors[:, :, None].unbind(1)  # each (b, 1)
+    mean_grey = images.mean(dim=(2, 3)) @ grey
+    to_grey = (1 - saturation)[
+        :, :, None
+    ] * grey  # (b, 1, 3): every output channel takes the same part of grey
+    blend = saturation[:, :, None] * torch.eye(3, device=images.device) + to_grey
+    matrix = (brightness * contrast)[:, :, None] * blend
+    offset = brightness * (1 - contrast) * mean_grey[:, None] + shifts
+    return torch.baddbmm(offset[:, :, None], matrix, images.flatten(2)).view_as(images)
+
+
+def cutmix(
+    images: Tensor, targets: Tensor, *, probability: float, generator: Generator
+) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+    """Paste one random box of a shuffled batch over the batch (Yun et al. 2019), with lambda from Beta(1, 1).
+
+    images (b, c, h, w), targets (b,) -> mixed images and (targets, targets of the pasted images, the share of pixels that
+    were not pasted). Box and lambda are shared by the batch, as the protocol has it; with 1 - `probability`, or
+    when the box has no pixel, the batch comes back as it is and the share is 1.
+    """
+    height, width = images.shape[-2:]
+    chance, lam, row, column = torch.rand(4, generator=generator).tolist()  # Beta(1, 1) is uniform
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    if chance >= probability:
+        return images, (targets, targets, 1.0)
+    (top, bottom), (left, right) = _cut(height, lam, row), _cut(width, lam, column)
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images[order, :, top:bottom, left:right]
+    kept = 1 - (bottom - top) * (right - left) / (height * width)
+    return mixed, (targets, targets[order], kept)
+
+
+def _cut(size: int, lam: float, position: float) -> tuple[int, int]:
+    """The part of an axis that a box of (1 - lam) of the area covers about a centre at `position` in [0, 1)."""
+    centre, half = int(size * position), int(size * (1 - lam) ** 0.5) // 2
+    return max(centre - half, 0), min(centre + half, size)
