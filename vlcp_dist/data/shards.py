@@ -94,5 +94,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if member.offset_data + member.size > size:
                     raise ShardError(f"{path} is cut short in {member.name}; delete it and run again")
                 yield member.name, member.offset_data, member.size
+            if size < tar.offset + tarfile.BLOCKSIZE:  # tarfile takes a cut between members for the end
+                raise ShardError(f"{path} is cut short; delete it and run again")
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a whole tar ({error}); delete it and run again") from error

@@ -1,0 +1,87 @@
+"""The configuration refuses what cannot run, with a message that names the way out."""
+
+import pytest
+
+from vlcp_dist import config
+from vlcp_dist.errors import ConfigError
+from vlcp_dist.stages import base
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ipcs=[1]", ["ipcs", "did you mean 'ipc'"]),
+        ("caption.batchsize=3", ["caption.batchsize", "did you mean 'batch_size'"]),
+        ("prototypes.contamination=0.9", ["prototypes.contamination", "0.9", "less than or equal to 0.5"]),
+        ("ipc=[0]", ["ipc.0", "greater than or equal to 1"]),
+        ("ipc=[]", ["ipc", "at least 1"]),
+        ("ipc=[5,5]", ["ipc", "twice"]),
+        ("synthesize.strategies=[DCS,XYZ]", ["synthesize.strategies.1", "XYZ"]),
+        ("data.source=imagefolder", ["data.path is needed"]),
+        ("caption.prompt=Describe it.", ["{class_name}"]),
+        ("diffusion.model=some/model", ["either diffusion.model", "or a pretrain section"]),
+        ("pretrain=null", ["either diffusion.model", "or a pretrain section"]),
+        ("finetune.workers=3", ["finetune.batch_size 16", "finetune.workers 3"]),
+        ("root", ["'root'", "key=value"]),
+        ("seed.x=1", ["seed holds a value"]),
+    ],
+)
+def test_bad_values_are_named(micro, override, words):
+    with pytest.raises(ConfigError) as caught:
+        micro("seed=0", override)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_file_and_bad_yaml(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        config.load(tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(bad)
+    bad.write_text("- a list")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        config.load(bad)
+
+
+def test_overrides_reach_nested_values(micro):
+    cfg = micro("ipc=[3,4]", "prototypes.beta=0.2", "engine.workers=7")
+    assert (cfg.ipc, cfg.prototypes.beta, cfg.engine.workers) == ([3, 4], 0.2, 7)
+
+
+def folders(cfg):
+    from vlcp_dist import pipeline
+
+    run = base.make_run(cfg, pipeline.stages(cfg))
+    return {name: folder.path.name for name, folder in run.folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("ipc=[1,2,3]", set()),
+        ("engine.workers=5", set()),
+        ("encode.batch_size=1", set()),
+        ("prototypes.beta=0.3", {"prototypes", "synthesize", "evaluate"}),
+        ("synthesize.strength=0.6", {"synthesize", "evaluate"}),
+        ("evaluate.lr=0.5", {"baselines", "evaluate"}),
+        ("finetune.epochs=3", {"finetune", "synthesize", "evaluate"}),
+    ],
+)
+def test_a_setting_renames_only_the_stages_that_depend_on_it(micro, override, changed):
+    before, after = folders(micro()), folders(micro(override))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_new_seed_or_source_renames_everything(micro):
+    before = folders(micro())
+    for override in ("seed=1", "data.test=0.3"):
+        after = folders(micro(override))
+        assert all(before[name] != after[name] for name in before)
+
+
+@pytest.mark.parametrize("path", sorted(config.Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_say_what_they_are(path):
+    assert path.read_text().startswith("#")
+    config.load(path)
