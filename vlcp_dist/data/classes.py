@@ -47,6 +47,10 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 _WNID = re.compile(r"n\d{8}")
 
 
+class SourceError(ValueError):
+    """The data cannot be used as it is. The message names the place and the way out."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClassInfo:
     """A class: `id` is its wnid or folder name (files and keys), `name` what prompts call it."""
@@ -59,12 +63,12 @@ def load_classes(ids: Sequence[str], *, listing: str | Path | Mapping[str, str] 
     """The classes `ids`, sorted by id, with their names.
 
     Names come from `listing`: a file that `read_listing` understands, or a mapping of id to name. Without
-    one, a name is the id with underscores and hyphens as spaces. Raises ValueError for ids that the listing
-    lacks, and for wnids without a listing ("the n02091831 in the image" is no prompt).
+    one, a name is the id with underscores and hyphens as spaces. Raises `SourceError` for ids that the
+    listing lacks, and for wnids without a listing ("the n02091831 in the image" is no prompt).
     """
     if listing is None:
         if unnamed := [id for id in ids if _WNID.fullmatch(id)]:
-            raise ValueError(
+            raise SourceError(
                 f"no names for {_some(unnamed)}: put ImageNet's LOC_synset_mapping.txt or a classes.txt "
                 f"(id<TAB>name a line) beside the images, or set class_names"
             )
@@ -75,7 +79,7 @@ def load_classes(ids: Sequence[str], *, listing: str | Path | Mapping[str, str] 
         names = {info.id: info.name for info in read_listing(listing, ids=ids)}
     if missing := sorted(set(ids) - set(names)):
         where = "the class_names given" if isinstance(listing, Mapping) else f"{listing}"
-        raise ValueError(
+        raise SourceError(
             f"{where}: {len(set(ids)) - len(missing)} of {len(set(ids))} classes of the data are listed; "
             f"missing {_some(missing)}. Add them, or select classes that are listed"
         )
@@ -92,19 +96,19 @@ def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo
 
     Three forms, told apart by the whole file: `id<TAB>name`; `id name` (ImageNet's LOC_synset_mapping.txt, or
     where the first words are among `ids`, the ids in use); else one name a line, whose id is `id_of(name)`.
-    Two ids may share a name, as ImageNet's two cranes do. Raises ValueError for an id listed twice, an empty
-    file, an empty line before the end (it would shift the numbers of those after it) and a line without a tab
-    among lines with one.
+    Two ids may share a name, as ImageNet's two cranes do. Raises `SourceError` for an id listed twice, an
+    empty file, an empty line before the end (it would shift the numbers of those after it) and a line without
+    a tab among lines with one.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+        raise SourceError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     lines = [line.strip() for line in text.rstrip().split("\n")]
     if not text.strip():
-        raise ValueError(f"{path}: the class listing is empty")
+        raise SourceError(f"{path}: the class listing is empty")
     if "" in lines:
-        raise ValueError(f"{path}: line {lines.index('') + 1} is empty; remove it")
+        raise SourceError(f"{path}: line {lines.index('') + 1} is empty; remove it")
 
     if any("\t" in line for line in lines):
         pairs = [line.partition("\t")[::2] for line in lines]
@@ -116,38 +120,97 @@ def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo
     infos = [ClassInfo(id.strip(), name.strip()) for id, name in pairs]
     for number, info in enumerate(infos, 1):
         if not info.id or not info.name:
-            raise ValueError(f"{path}: line {number} has no name after its id: {lines[number - 1]!r}")
+            raise SourceError(f"{path}: line {number} has no name after its id: {lines[number - 1]!r}")
     if repeated := _repeated(info.id for info in infos):
-        raise ValueError(f"{path}: listed more than once: {_some(repeated)}; keep one line for each class")
+        raise SourceError(f"{path}: listed more than once: {_some(repeated)}; keep one line for each class")
     return infos
 
 
-def select_classes(infos: Sequence[ClassInfo], wanted: Sequence[str] | str) -> list[ClassInfo]:
-    """The classes of `infos` that are `wanted`, a list of ids or the name of one of `SUBSETS`; sorted by id.
+def ids_of_labels(
+    labels: Mapping[str, str], *, listing: str | Path | Mapping[str, str] | None
+) -> dict[str, str]:
+    """The class id of every label, where a data set labels by id, by name, or by number.
 
-    Raises ValueError for an unknown subset, for an empty or repeating list, and for ids that `infos` lacks.
+    `labels` maps each label to the place where it was first seen, for errors. A number that is no id is a
+    line of the listing file, counted from 0. Without a listing a label is a name, and its id `id_of(label)`.
+    Raises `SourceError` for a label that cannot be told, or two that make the same id.
     """
+    if listing is None:
+        ids = {label: id_of(label) for label in labels}
+        by_id: dict[str, str] = {}
+        for label, place in labels.items():
+            if label.isdecimal():
+                raise SourceError(
+                    f"{place}: the label {label} is a number and no list says of what: put a classes.txt "
+                    f"(one name a line, in the order of the numbers from 0) beside the tars"
+                )
+            other = by_id.setdefault(ids[label], label)
+            if not ids[label] or other != label:
+                raise SourceError(
+                    f"{place}: no class id can be made of label {label!r}, or {other!r} makes the same; "
+                    f"put a classes.txt (id<TAB>name a line) beside the tars"
+                )
+        return ids
+
+    if isinstance(listing, Mapping):
+        where = "the class_names given"
+        infos = [ClassInfo(id, name) for id, name in listing.items()]
+        lines = []  # a mapping has no order to count by
+    else:
+        where = f"{listing}"
+        infos = lines = read_listing(listing, ids=labels)
+    known = {info.id for info in infos}
+    uses = Counter(info.name for info in infos)
+    by_name = {info.name: info.id for info in infos if uses[info.name] == 1}
+    ids = {}
+    for label, place in labels.items():
+        if label in known:
+            ids[label] = label
+        elif label in by_name:
+            ids[label] = by_name[label]
+        elif label.isdecimal() and int(label) < len(lines):
+            ids[label] = lines[int(label)].id
+        else:
+            raise SourceError(
+                f"{place}: the label {label!r} is no id and no unique name in {where}, nor the number of one "
+                f"of its {len(lines)} lines (from 0); correct the list or the label"
+            )
+    return ids
+
+
+def select_classes(infos: Sequence[ClassInfo], wanted: Sequence[str] | str) -> list[ClassInfo]:
+    """The classes of `infos` that are `wanted`, sorted by id; see `select_ids`."""
+    by_id = {info.id: info for info in infos}
+    return [by_id[id] for id in select_ids(by_id, wanted)]
+
+
+def select_ids(ids: Iterable[str], wanted: Sequence[str] | str | None) -> list[str]:
+    """Those of `ids` that are `wanted`: a list of ids, the name of one of `SUBSETS`, or None for all; sorted.
+
+    Raises `SourceError` for an unknown subset, for an empty or repeating list, and for missing ids.
+    """
+    have = set(ids)
+    if wanted is None:
+        return sorted(have)
+    what = "the classes asked for"
     if isinstance(wanted, str):
         if wanted not in SUBSETS:
             near = difflib.get_close_matches(wanted, SUBSETS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(
+            raise SourceError(
                 f"unknown class subset {wanted!r}{hint}: use one of {', '.join(SUBSETS)}, or a list of ids"
             )
         what, wanted = f"subset {wanted}", SUBSETS[wanted]
-    else:
-        what = "the classes asked for"
     if not wanted:
-        raise ValueError("an empty list of classes; leave it out to take all")
+        raise SourceError("an empty list of classes; leave it out to take all")
     if repeated := _repeated(wanted):
-        raise ValueError(f"{what}: asked for more than once: {_some(repeated)}")
-    by_id = {info.id: info for info in infos}
-    if missing := [id for id in wanted if id not in by_id]:
-        raise ValueError(
+        raise SourceError(f"{what}: asked for more than once: {_some(repeated)}")
+    if missing := [id for id in wanted if id not in have]:
+        raise SourceError(
             f"{what}: found {len(wanted) - len(missing)} of {len(wanted)}; the data has no {_some(missing)} "
-            f"(it has {len(by_id)} classes: {_some(sorted(by_id))})"
+            f"(its {len(have)} classes: {_some(sorted(have))})"
         )
-    return [by_id[id] for id in sorted(wanted)]
+    return sorted(wanted)
 
 
 def id_of(name: str) -> str:
@@ -159,7 +222,11 @@ def _is_id_and_name(lines: list[str], ids: set[str]) -> bool:
     firsts = [line.partition(" ")[0] for line in lines]
     if all(_WNID.fullmatch(first) for first in firsts):
         return True
-    return not ids.isdisjoint(firsts) and ids.isdisjoint(map(id_of, lines))
+    return (
+        all(" " in line for line in lines)
+        and not ids.isdisjoint(firsts)
+        and ids.isdisjoint(map(id_of, lines))
+    )
 
 
 def _repeated(values: Iterable[str]) -> list[str]:
