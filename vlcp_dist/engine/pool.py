@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from rich.text import Text
 
 from vlcp_dist.engine.executor import Event, Executor, Job, Unit
 
@@ -140,7 +141,7 @@ class RayEngine:
         message = f"{type(cause).__name__}: {cause}"
         # A ValueError speaks of the input, which another attempt finds unchanged.
         if isinstance(cause, ValueError) or task.errors > self._max_retries:
-            on_event(Event("failed", task.unit, message=message, traceback=str(error)))
+            on_event(Event("failed", task.unit, message=message, traceback=Text.from_ansi(str(error)).plain))
         else:
             on_event(Event("retry", task.unit, message=message))
             pending.append(task)

@@ -1,11 +1,9 @@
-"""The nets that the hard-label protocol trains from scratch (METHOD.md 8).
+"""The nets that the hard-label protocol trains from scratch (IDC, Kim et al. 2022; Minimax, Gu et al. 2024).
 
-Instance norm is GroupNorm with one channel per group. ResNets start He-normal (fan-out), ConvNets from
-PyTorch's default, as the protocol's public nets do: instance norm hides the scale of a weight from the output but
-not from SGD, whose effective step it sets.
+Instance norm is GroupNorm with one channel per group. Convolutions of ResNets start He-normal (fan-out), those
+of ConvNets from PyTorch's default, as in the protocol's public nets: instance norm hides the scale of a weight
+from the output, but not from SGD, whose effective step depends on it.
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +20,24 @@ def build(
     norm: str = "instance",
     seed: int,
 ) -> nn.Module:
-    """A freshly initialised classifier on the CPU: images (b, 3, image_size, image_size) -> logits (b, num_classes).
+    """A freshly initialised classifier on the CPU: normalised images (b, 3, s, s) -> logits (b, num_classes).
 
-    `width` is the number of channels of every ConvNet layer (default 128) or of a ResNet's first stage (default 64);
-    `norm` is "instance" or "batch". The weights depend on the arguments alone, and the global RNG is left as it was.
+    s is `image_size`. `width` is the number of channels of every ConvNet layer (default 128) or of a ResNet's first
+    stage (default 64); `norm` is "instance" or "batch". The weights depend on the arguments alone, and the global
+    RNG is left as it was.
 
     Raises ValueError for a name not in `NAMES`, an unknown norm, or an image too small for the net.
     """
     if name not in NAMES:
-        raise ValueError(
-            f"unknown net {name!r}: known are {', '.join(NAMES)} (the depth is part of the name)"
-        )
+        raise ValueError(f"unknown net {name!r}: known are {', '.join(NAMES)} (the depth is part of the name)")
     if norm not in ("instance", "batch"):
         raise ValueError(f"unknown norm {norm!r}: known are instance, batch")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA's generators as well
         if name.startswith("convnet"):
-            return _convnet(int(name.removeprefix("convnet")), width or 128, norm, num_classes, image_size)
-        blocks, pooled = ((1, 1, 1, 1), True) if name == "resnetap10" else ((2, 2, 2, 2), False)
-        return _resnet(blocks, pooled, width or 64, norm, num_classes, image_size)
+            depth = int(name.removeprefix("convnet"))
+            return _convnet(depth, 128 if width is None else width, norm, num_classes, image_size)
+        return _resnet(name, 64 if width is None else width, norm, num_classes, image_size)
 
 
 def _norm(channels: int, norm: str) -> nn.Module:
@@ -62,9 +59,8 @@ def _convnet(depth: int, width: int, norm: str, num_classes: int, image_size: in
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, num_classes))
 
 
-def _resnet(
-    blocks: tuple[int, ...], pooled: bool, width: int, norm: str, num_classes: int, image_size: int
-) -> nn.Module:
+def _resnet(name: str, width: int, norm: str, num_classes: int, image_size: int) -> nn.Module:
+    blocks, pooled = ((1, 1, 1, 1), True) if name == "resnetap10" else ((2, 2, 2, 2), False)
     layers = _stem(pooled, width, norm, image_size)
     channels = width
     for stage, count in enumerate(blocks):
@@ -92,7 +88,7 @@ def _stem(pooled: bool, width: int, norm: str, image_size: int) -> list[nn.Modul
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; `pooled` replaces each stride by stride 1 and average pooling (ResNetAP)."""
+    """Two 3x3 convolutions and a shortcut. ResNetAP's (`pooled`) step 1 and then average-pool by the stride."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, norm: str, pooled: bool) -> None:
         super().__init__()
@@ -113,7 +109,3 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.residual(x) + self.shortcut(x))
-
-
-def parameter_count(net: nn.Module) -> int:
-    return sum(math.prod(p.shape) for p in net.parameters())

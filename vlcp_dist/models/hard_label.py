@@ -1,7 +1,8 @@
 """The hard-label protocol: train a net from scratch on a small labelled set, and read its top-1 on a test split.
 
-The protocol of the ImageNet subsets (METHOD.md 8): SGD with two drops of the step, augmentation and CutMix on
-every batch, no teacher. The sets are small enough to lie on the device whole, so there is no loader.
+The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024): SGD with two drops of the
+step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
+there is no loader.
 """
 
 import math
@@ -189,9 +190,7 @@ def _loss(net: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, ge
         lighting=protocol.lighting,
         generator=generator,
     )
-    mixed, (kept, pasted, share) = cutmix(
-        pixels, labels, probability=protocol.cutmix_probability, generator=generator
-    )
+    mixed, (kept, pasted, share) = cutmix(pixels, labels, probability=protocol.cutmix_probability, generator=generator)
     logits = _logits(net, mixed, protocol.dtype)
     return share * F.cross_entropy(logits, kept) + (1 - share) * F.cross_entropy(logits, pasted)
 

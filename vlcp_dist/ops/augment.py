@@ -1,8 +1,8 @@
-"""The hard-label protocol's augmentation, on whole batches where they lie (METHOD.md 8).
+"""The hard-label protocol's augmentation, on whole batches where they lie (Kim et al. 2022).
 
-Every draw comes from a CPU generator and is then moved, so that CPU and CUDA see the same crops and colours. (kornia draws
-from the global RNG only, and takes no generator.) One resampling does crop, resize and flip; one affine
-map of RGB does jitter and lighting.
+Every draw comes from a generator on the CPU and is then moved, so that CPU and CUDA see the same crops and
+colours; kornia is not used because it draws from the global RNG and takes no generator. One resampling does crop
+and flip, one affine map of RGB does jitter and lighting.
 """
 
 import torch
@@ -29,9 +29,9 @@ def augment(
 ) -> Tensor:
     """Random resized crop, flip, colour jitter, lighting and normalisation, drawn anew for every image.
 
-    uint8 (b, 3, h, w) -> float32 (b, 3, h, w) on the same device. `crop_scale` is a range of area, `flip` a probability,
-    `color_jitter` the half-width of the three factors' range about 1, `lighting` a standard deviation; `generator` is
-    on the CPU.
+    uint8 (b, 3, h, w) -> float32 (b, 3, h, w) on the same device. `crop_scale` is a range of the area, `flip` a
+    probability, `color_jitter` half the range of the three factors about 1, `lighting` a standard deviation;
+    `generator` is on the CPU.
     """
     count, _, height, width = images.shape
     crops = draw_crops(count, height, width, scale=crop_scale, generator=generator)
@@ -51,7 +51,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """uint8 (b, 3, h, w) -> uint8 (b, 3, size, size): shorter side to `size` (bilinear, antialiased), centre crop."""
+    """Shorter side to `size` (bilinear, antialiased), then centre crop: uint8 (b, 3, h, w) -> (b, 3, size, size)."""
     height, width = images.shape[-2:]
     if height == width == size:
         return images
@@ -71,10 +71,10 @@ def draw_crops(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     generator: Generator,
 ) -> Tensor:
-    """Boxes (count, 4) int64 of top, left, height, width: area uniform in `scale`, aspect log-uniform in `ratio`.
+    """Boxes (count, 4) int64 of top, left, height, width; area uniform in `scale`, aspect log-uniform in `ratio`.
 
-    As usual for random resized crops, a box takes the first of ten attempts that fits; if none does, it is the largest
-    centred box of an allowed aspect.
+    A box is the first of ten attempts that fits into the image; where none does, it is the largest centred box of an
+    allowed aspect, as random resized crops usually are.
     """
     area = height * width * torch.empty(count, CROP_ATTEMPTS).uniform_(*scale, generator=generator)
     log_ratio = torch.tensor(ratio).log()
@@ -94,10 +94,10 @@ def draw_crops(
 
 
 def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
-    """Each float image's box stretched to the whole image by bilinear interpolation, then mirrored where `flips`.
+    """Each float image's box stretched over the whole image (bilinear), then mirrored where `flips`.
 
-    images (b, c, h, w), crops (b, 4) as from `draw_crops`, flips (b,) bool. Equal to cropping first: no pixel outside the
-    box is read. There is no antialiasing, because a box is never larger than the image it fills.
+    images (b, c, h, w), crops (b, 4) as from `draw_crops`, flips (b,) bool. Equal to cropping first: no pixel
+    outside the box is read. Nothing is antialiased, because a box is never larger than the image that it fills.
     """
     height, width = images.shape[-2:]
     top, left, crop_height, crop_width = crops.to(images.dtype).unsqueeze(-1).unbind(1)  # each (b, 1)
@@ -109,31 +109,29 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
 
 
 def _sample_positions(size: int, start: Tensor, length: Tensor) -> Tensor:
-    """Where `size` pixels that cover [start, start + length) sample an axis of `size` pixels; in [-1, 1] (b, size)."""
+    """Where `size` pixels spread over [start, start + length) sample an axis of `size` pixels: (b, size) in [-1, 1]."""
     centres = (torch.arange(size, device=start.device, dtype=start.dtype) + 0.5) / size
     inside = (start + centres * length).clamp(start + 0.5, start + length - 0.5)
     return inside * (2 / size) - 1
 
 
 def draw_lighting(count: int, std: float, *, generator: Generator) -> Tensor:
-    """RGB shifts (count, 3) along ImageNet's principal components, each weighted by N(0, std) times its eigenvalue."""
+    """RGB shifts (count, 3): the sum of ImageNet's principal components, each times its eigenvalue and N(0, std)."""
     alpha = std * torch.randn(count, 3, generator=generator)
     return (alpha * torch.tensor(PCA_VALUES)) @ torch.tensor(PCA_VECTORS).T
 
 
 def recolor(images: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
-    """Brightness, contrast and saturation by `factors` (b, 3), then `shifts` (b, 3) added to RGB; (b, 3, h, w) in [0, 1].
+    """Brightness, contrast and saturation by `factors` (b, 3), then `shifts` (b, 3) added to RGB.
 
-    Each adjustment blends an image with black, its mean grey, or its own grey version. The protocol does not clip and
-    shuffles the three per image; without clipping they commute, so no order is drawn: grey blending keeps the
-    mean grey, and brightness scales image and mean grey alike.
+    images float (b, 3, h, w), black 0 and white 1; nothing is clipped. The three blend an image with black, with its
+    mean grey and with its own grey version. The protocol shuffles them for every image, but unclipped they commute
+    (saturation and contrast keep the mean grey, brightness scales image and mean grey alike): no order is drawn.
     """
     grey = images.new_tensor(GREY)
     brightness, contrast, saturation = factors[:, :, None].unbind(1)  # each (b, 1)
     mean_grey = images.mean(dim=(2, 3)) @ grey
-    to_grey = (1 - saturation)[
-        :, :, None
-    ] * grey  # (b, 1, 3): every output channel takes the same part of grey
+    to_grey = (1 - saturation)[:, :, None] * grey  # (b, 1, 3): every output channel takes the same part of grey
     blend = saturation[:, :, None] * torch.eye(3, device=images.device) + to_grey
     matrix = (brightness * contrast)[:, :, None] * blend
     offset = brightness * (1 - contrast) * mean_grey[:, None] + shifts
@@ -145,9 +143,9 @@ def cutmix(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
     """Paste one random box of a shuffled batch over the batch (Yun et al. 2019), with lambda from Beta(1, 1).
 
-    images (b, c, h, w), targets (b,) -> mixed images and (targets, targets of the pasted images, the share of pixels that
-    were not pasted). Box and lambda are shared by the batch, as the protocol has it; with 1 - `probability`, or
-    when the box has no pixel, the batch comes back as it is and the share is 1.
+    images (b, c, h, w), targets (b,) -> mixed images and (targets, targets of the pasted images, share of the pixels
+    that were not pasted over). The batch shares one box and lambda, as the protocol has it. With 1 - `probability`
+    the batch comes back as it is, with share 1.
     """
     height, width = images.shape[-2:]
     chance, lam, row, column = torch.rand(4, generator=generator).tolist()  # Beta(1, 1) is uniform
@@ -162,6 +160,6 @@ def cutmix(
 
 
 def _cut(size: int, lam: float, position: float) -> tuple[int, int]:
-    """The part of an axis that a box of (1 - lam) of the area covers about a centre at `position` in [0, 1)."""
+    """The range of an axis that a box with (1 - lam) of the area covers; its centre at `position` in [0, 1)."""
     centre, half = int(size * position), int(size * (1 - lam) ** 0.5) // 2
     return max(centre - half, 0), min(centre + half, size)

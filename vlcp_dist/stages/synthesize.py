@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vlcp_dist.config import content
 from vlcp_dist.data.manifest import Outcome, Unit
-from vlcp_dist.models.diffusion import image_seed, load_pipeline, resize_images, synthesize
+from vlcp_dist.models.diffusion import image_seed, load_pipeline, synthesize
 from vlcp_dist.ops.text import prompt_for, template_sentence
 from vlcp_dist.stages.base import Run, Stage, device, dtype
 
@@ -83,13 +83,11 @@ class Worker:
             num_inference_steps=cfg.num_inference_steps,
             batch_size=cfg.batch_size,
         )
-        if images.shape[1] != cfg.image_size:
-            images = resize_images(images, cfg.image_size)
         files: dict[str, Any] = {}
         metadata: dict[str, list[str]] = {class_id: [] for class_id in unit.payload["classes"]}
         for prototype, seed, image in zip(prototypes, seeds, images, strict=True):
             path = image_path(strategy, ipc, prototype.class_id, prototype.cluster)
-            files[path] = _png(image)
+            files[path] = _png(image, cfg.image_size)
             metadata[prototype.class_id].append(self._describe(prototype, strategy, seed))
         for class_id, lines in metadata.items():
             files[f"{strategy}/ipc={ipc}/{class_id}/metadata.jsonl"] = ("\n".join(lines) + "\n").encode()
@@ -146,9 +144,12 @@ class Worker:
         return json.dumps(facts, ensure_ascii=False)
 
 
-def _png(image: np.ndarray) -> bytes:
+def _png(pixels: np.ndarray, size: int) -> bytes:
+    image = Image.fromarray(pixels)
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,1 @@
+"""Pretrained networks and classifiers as small functions over arrays and tensors."""
