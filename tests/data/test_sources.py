@@ -368,6 +368,17 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         samples_of("webdataset", tmp_path)
 
 
+def test_sparse_members_are_refused(tmp_path):
+    # Their bytes do not lie in one piece, so no offset and size could name them.
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.png")
+        member.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "4"}
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(SourceError, match=r"x\.tar: member a\.png is .* sparse"):
+        samples_of("webdataset", tmp_path)
+
+
 def test_folders_in_a_tar_are_fine(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         folder = tarfile.TarInfo("sub")

@@ -126,9 +126,7 @@ def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo
     return infos
 
 
-def ids_of_labels(
-    labels: Mapping[str, str], *, listing: str | Path | Mapping[str, str] | None
-) -> dict[str, str]:
+def ids_of_labels(labels: Mapping[str, str], *, listing: str | Path | Mapping[str, str] | None) -> dict[str, str]:
     """The class id of every label, where a data set labels by id, by name, or by number.
 
     `labels` maps each label to the place where it was first seen, for errors. A number that is no id is a
@@ -222,11 +220,7 @@ def _is_id_and_name(lines: list[str], ids: set[str]) -> bool:
     firsts = [line.partition(" ")[0] for line in lines]
     if all(_WNID.fullmatch(first) for first in firsts):
         return True
-    return (
-        all(" " in line for line in lines)
-        and not ids.isdisjoint(firsts)
-        and ids.isdisjoint(map(id_of, lines))
-    )
+    return all(" " in line for line in lines) and not ids.isdisjoint(firsts)
 
 
 def _repeated(values: Iterable[str]) -> list[str]:

@@ -67,13 +67,11 @@ def open_source(
     `image_size` is the side in pixels to which the 8 x 8 digits are enlarged; other kinds keep their bytes.
     `classes` limits the source to these ids, or to a subset of `classes.SUBSETS`. `class_names` is a listing
     file or a mapping of id to name, where the one beside the images will not do (see `classes.load_classes`).
-    Raises `SourceError`, or ValueError from the class lists, for data that cannot be used as it is.
+    Raises `SourceError` for data that cannot be used as it is.
     """
     if kind == "digits":
         if path is not None:
-            raise SourceError(
-                f"the digits come with scikit-learn and have no path, got {path!r}; leave it out"
-            )
+            raise SourceError(f"the digits come with scikit-learn and have no path, got {path!r}; leave it out")
         return Digits(image_size, classes, class_names)
     if kind not in ("imagefolder", "webdataset"):
         raise SourceError(f"unknown kind of source {kind!r}: use digits, imagefolder or webdataset")
@@ -178,9 +176,7 @@ class WebDataset:
             file.seek(int(offset))
             data = file.read(int(size))
         if len(data) != int(size):
-            raise SourceError(
-                f"{self._root / tar}: shorter than when it was indexed; restore it or index anew"
-            )
+            raise SourceError(f"{self._root / tar}: shorter than when it was indexed; restore it or index anew")
         return data
 
     @cached_property
@@ -203,9 +199,7 @@ class WebDataset:
             found[split].add(ids[label])
         classes = _choose(self._root, found, self._wanted, self._listing)
         keep = {info.id for info in classes}
-        samples = [
-            Sample(key, ids[label], split, ref) for split, key, label, ref in entries if ids[label] in keep
-        ]
+        samples = [Sample(key, ids[label], split, ref) for split, key, label, ref in entries if ids[label] in keep]
         samples.sort(key=lambda sample: (sample.split, sample.class_id, sample.key))
         return classes, samples
 
@@ -229,16 +223,13 @@ def _tar_splits(root: Path) -> dict[str, str]:
     """Name of each tar -> its split, sorted by name."""
     tars = [entry.name for entry in _visible(root) if entry.name.endswith(".tar")]
     if not tars:
-        raise SourceError(
-            f"{root}: no *.tar files; check the path (compressed tars must be unpacked to .tar)"
-        )
+        raise SourceError(f"{root}: no *.tar files; check the path (compressed tars must be unpacked to .tar)")
     matches = {tar: re.match(r"(train|val|validation|test)(?![a-z])", tar.lower()) for tar in tars}
     if not any(matches.values()):
         return dict.fromkeys(tars, "all")
     if unnamed := [tar for tar, match in matches.items() if not match]:
         raise SourceError(
-            f"{root}: some tars are named by split, but {unnamed[0]} is not; name all of them "
-            f"train-* or val-*, or none"
+            f"{root}: some tars are named by split, but {unnamed[0]} is not; name all of them train-* or val-*, or none"
         )
     words = {tar: match[1] for tar, match in matches.items() if match}
     _check_one_each(root, set(words.values()))
@@ -249,14 +240,10 @@ def _check_one_each(root: Path, names: Collection[str]) -> None:
     """No two sets for one split (val and test): which one is reported must be somebody's choice."""
     for split in ("train", "test"):
         if len(same := sorted(name for name in names if _SPLITS[name.lower()] == split)) > 1:
-            raise SourceError(
-                f"{root}: {' and '.join(same)} would both be the {split} split; move all but one away"
-            )
+            raise SourceError(f"{root}: {' and '.join(same)} would both be the {split} split; move all but one away")
 
 
-def _choose(
-    root: Path, found: Mapping[str, Collection[str]], wanted: Wanted, listing: Names | Path
-) -> list[ClassInfo]:
+def _choose(root: Path, found: Mapping[str, Collection[str]], wanted: Wanted, listing: Names | Path) -> list[ClassInfo]:
     """The wanted ones of the class ids found in each split, all of which every split must have."""
     if not any(found.values()):
         raise SourceError(f"{root}: no class folders; expected {root}/<class>/<image>, check the path")
@@ -279,9 +266,7 @@ def _class_folders(folder: Path) -> list[str]:
         if entry.is_dir():
             names.append(entry.name)
         elif extension_of(entry.name) in IMAGE_EXTENSIONS:
-            raise SourceError(
-                f"{entry.path}: an image outside any class folder; move it into {folder}/<class>/"
-            )
+            raise SourceError(f"{entry.path}: an image outside any class folder; move it into {folder}/<class>/")
     return names
 
 

@@ -38,9 +38,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
     except tarfile.ReadError as error:
-        raise SourceError(
-            f"{path}: not an uncompressed tar file ({error}); unpack or fetch it again"
-        ) from None
+        raise SourceError(f"{path}: not an uncompressed tar file ({error}); unpack or fetch it again") from None
     with tar:
         for key, group in groupby(_files(tar, path), key=lambda member: _split_name(member.name)[0]):
             members: dict[str, tarfile.TarInfo] = {}
@@ -54,9 +52,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
             if not images and label is None:
                 continue
             if len(images) != 1:
-                raise SourceError(
-                    f"{path}: sample {key} has {len(images)} images, not one; write the tar anew"
-                )
+                raise SourceError(f"{path}: sample {key} has {len(images)} images, not one; write the tar anew")
             if label is None:
                 raise SourceError(
                     f"{path}: sample {key} has no label: put a {key}.cls, or a {key}.json with a label, "
@@ -83,15 +79,11 @@ def _files(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
             )
         count, last = count + 1, member.name
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise SourceError(
-                f"{path}: member {member.name} points outside the tar; write it with relative names"
-            )
+            raise SourceError(f"{path}: member {member.name} points outside the tar; write it with relative names")
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise SourceError(
-                f"{path}: member {member.name} is a link, a device or sparse; store it as a plain file"
-            )
+            raise SourceError(f"{path}: member {member.name} is a link, a device or sparse; store it as a plain file")
         file = member.name.rpartition("/")[2]
         if "." in file and not file.startswith("."):
             yield member
