@@ -179,7 +179,7 @@ class _Engines:
         from vlcp_dist.engine.pool import RayEngine
 
         if not ray.is_initialized():
-            ray.init(address=engine.address, include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(address=engine.address, logging_level=logging.WARNING)
             self._started_ray = True
         return RayEngine(
             workers=engine.workers,

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
+from vlcp_dist.data.sources import SourceError
+from vlcp_dist.data.tars import members_of
+
 
 class ShardError(ValueError):
     """A tar that cannot be trusted; the message names it and says what to do."""
@@ -89,12 +92,7 @@ def parse_npy(data: memoryview | bytes) -> np.ndarray:
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
-            size = path.stat().st_size
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    raise ShardError(f"{path} is cut short in {member.name}; delete it and run again")
+            for member in members_of(tar, path):
                 yield member.name, member.offset_data, member.size
-            if size < tar.offset + tarfile.BLOCKSIZE:  # tarfile takes a cut between members for the end
-                raise ShardError(f"{path} is cut short; delete it and run again")
-    except tarfile.TarError as error:
-        raise ShardError(f"{path} is not a whole tar ({error}); delete it and run again") from error
+    except (tarfile.TarError, SourceError) as error:
+        raise ShardError(f"{error}: delete {path} and run again") from error

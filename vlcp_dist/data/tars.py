@@ -40,7 +40,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     except tarfile.ReadError as error:
         raise SourceError(f"{path}: not an uncompressed tar file ({error}); unpack or fetch it again") from None
     with tar:
-        for key, group in groupby(_files(tar, path), key=lambda member: _split_name(member.name)[0]):
+        for key, group in groupby(members_of(tar, path), key=lambda member: _split_name(member.name)[0]):
             members: dict[str, tarfile.TarInfo] = {}
             for member in group:
                 extension = _split_name(member.name)[1]
@@ -61,7 +61,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
             yield TarSample(key, label, images[0].offset_data, images[0].size)
 
 
-def _files(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+def members_of(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
     """The visible files of a tar, checked to be whole: `tarfile` ends silently at a damaged header."""
     end = path.stat().st_size
     count, last = 0, "none"

@@ -219,6 +219,7 @@ class Trainer:
         """Save the EMA weights in diffusers layout."""
         unet = self.accelerator.unwrap_model(self._unet)
         self._ema.copy_to(unet.parameters())
+        unet.register_to_config(_name_or_path="")  # else the folder of this machine would be part of the result
         unet.save_pretrained(folder, safe_serialization=True)
 
     def history(self) -> dict[str, list[float]]:
