@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline
+# diffusers shows type checkers empty stand-ins of these classes.
+AutoencoderKL = Any
+StableDiffusionImg2ImgPipeline = Any
 
 Scheduler = Literal["pndm", "ddim"]
 
@@ -54,9 +55,9 @@ def load_vae(
         FileNotFoundError: weights are missing; the message holds the command that fetches them.
     """
     with quiet(), _missing_weights(model, revision):
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        vae = AutoencoderKL.from_pretrained(
+        vae: Any = diffusers.AutoencoderKL.from_pretrained(
             str(model), subfolder="vae", revision=revision, dtype=dtype, use_safetensors=True
         )
     return vae.to(device).eval().requires_grad_(False)
@@ -84,26 +85,19 @@ def load_pipeline(
         ValueError: unknown scheduler.
     """
     with quiet():
-        from diffusers import (
-            DDIMScheduler,
-            PNDMScheduler,
-            StableDiffusionImg2ImgPipeline,
-            UNet2DConditionModel,
-        )
+        import diffusers
 
-    schedulers = {"pndm": PNDMScheduler, "ddim": DDIMScheduler}
+    schedulers = {"pndm": diffusers.PNDMScheduler, "ddim": diffusers.DDIMScheduler}
     if scheduler not in schedulers:
         raise ValueError(f"scheduler must be one of {', '.join(schedulers)}, not {scheduler!r}")
 
     parts = {}
     if unet is not None:
         if not Path(unet, "config.json").is_file():
-            raise FileNotFoundError(
-                f"{unet} holds no fine-tuned U-Net (no config.json): run fine-tuning first"
-            )
-        parts["unet"] = UNet2DConditionModel.from_pretrained(str(unet), dtype=dtype, use_safetensors=True)
+            raise FileNotFoundError(f"{unet} holds no fine-tuned U-Net (no config.json): run fine-tuning first")
+        parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(str(unet), dtype=dtype, use_safetensors=True)
     with quiet(), _missing_weights(model, revision):
-        pipe = StableDiffusionImg2ImgPipeline.from_pretrained(
+        pipe: Any = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
             str(model),
             revision=revision,
             dtype=dtype,
@@ -211,13 +205,9 @@ def synthesize(
         torch.OutOfMemoryError: even one image does not fit.
     """
     if not len(latents) == len(prompts) == len(seeds):
-        raise ValueError(
-            f"{len(latents)} latents, {len(prompts)} prompts and {len(seeds)} seeds must be as many"
-        )
+        raise ValueError(f"{len(latents)} latents, {len(prompts)} prompts and {len(seeds)} seeds must be as many")
     if not (0 < strength <= 1 and int(num_inference_steps * strength) >= 1):
-        raise ValueError(
-            f"strength {strength} of {num_inference_steps} inference steps leaves no step to run"
-        )
+        raise ValueError(f"strength {strength} of {num_inference_steps} inference steps leaves no step to run")
     _check_finite(latents, "prototypes", latents.dtype)
 
     positive, negative = encode_prompts(pipe, prompts, negative_prompt)
@@ -308,18 +298,14 @@ def _token_windows(pipe: StableDiffusionImg2ImgPipeline, text: str) -> list[list
     return [w + [tokenizer.pad_token_id] * (room + 2 - len(w)) for w in windows]
 
 
-def _pad_windows(
-    pipe: StableDiffusionImg2ImgPipeline, windows: list[list[int]], count: int
-) -> list[list[int]]:
+def _pad_windows(pipe: StableDiffusionImg2ImgPipeline, windows: list[list[int]], count: int) -> list[list[int]]:
     return windows + _token_windows(pipe, "") * (count - len(windows))
 
 
 def _check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
     bad = (~torch.isfinite(values.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise FloatingPointError(
-            f"{what} are not finite in {dtype} at positions {bad}: use bfloat16 or float32"
-        )
+        raise FloatingPointError(f"{what} are not finite in {dtype} at positions {bad}: use bfloat16 or float32")
 
 
 @contextmanager

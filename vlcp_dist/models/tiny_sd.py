@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vlcp_dist.models.diffusion import quiet
+from vlcp_dist.models.diffusion import AutoencoderKL, quiet
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
+# transformers' classes change their bases with what is installed, which type checkers cannot follow.
+CLIPTextModel = Any
+CLIPTokenizer = Any
 
 Progress = Callable[[str, int, int, float], None]
 
@@ -89,7 +89,15 @@ def build_tiny_sd(
 
     with _deterministic(seed, num_threads):
         started = time.perf_counter()
-        vae = _train_vae(pixels[trained], vae_channels, vae_steps, vae_batch, vae_lr, seed, progress)
+        vae = _train_vae(
+            pixels[trained],
+            channels=vae_channels,
+            steps=vae_steps,
+            batch=vae_batch,
+            lr=vae_lr,
+            seed=seed,
+            progress=progress,
+        )
         latents = _encode(vae, pixels)
         scale = 1 / latents.std().item()
         vae.register_to_config(scaling_factor=scale)
@@ -98,20 +106,27 @@ def build_tiny_sd(
 
         tokenizer = train_tokenizer(texts, vocab_size)
         text_encoder, accuracy = _train_text_encoder(
-            tokenizer, texts, latents * scale, text_width, text_layers, contrastive_steps, seed, progress
+            tokenizer,
+            texts,
+            latents * scale,
+            width=text_width,
+            layers=text_layers,
+            steps=contrastive_steps,
+            seed=seed,
+            progress=progress,
         )
         text_done = time.perf_counter()
         unet = _new_unet(unet_channels, text_width, latents.shape[-1])
 
     with quiet():
-        from diffusers import PNDMScheduler, StableDiffusionPipeline
+        import diffusers
 
-        pipe = StableDiffusionPipeline(
+        pipe: Any = diffusers.StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
-            scheduler=PNDMScheduler(**SCHEDULER),
+            scheduler=diffusers.PNDMScheduler(**SCHEDULER),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -132,11 +147,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
 
     Every byte is in the vocabulary both inside and at the end of a word, so any text can be encoded.
     """
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
 
     # A CLIP tokenizer without merges lends its own normalizer and word splitter to the training.
-    blank = CLIPTokenizer().backend_tokenizer
+    blank: Any = transformers.CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -147,10 +162,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
 
     learned = json.loads(learner.to_str())["model"]
     by_rank = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
     tokens = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *by_rank, BOS, EOS])
-    return CLIPTokenizer(
+    return transformers.CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=[(left, right) for left, right in learned["merges"]],
+        merges=merges,
         pad_token=EOS,
         model_max_length=MAX_TOKENS,
     )
@@ -160,9 +176,7 @@ def _check_images(images: np.ndarray, texts: Sequence[str], stride: int) -> None
     shape = images.shape
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] and shape[2] % stride == 0
     if images.dtype != np.uint8 or not square:
-        raise ValueError(
-            f"images must be uint8 (n, 3, s, s) with s a multiple of {stride}, not {images.dtype} {shape}"
-        )
+        raise ValueError(f"images must be uint8 (n, 3, s, s) with s a multiple of {stride}, not {images.dtype} {shape}")
     if len(images) < 16:
         raise ValueError(f"a tiny Stable Diffusion needs at least 16 images to train on, not {len(images)}")
     if len(images) != len(texts):
@@ -184,6 +198,7 @@ def _deterministic(seed: int, num_threads: int) -> Iterator[None]:
 
 def _train_vae(
     pixels: torch.Tensor,
+    *,
     channels: Sequence[int],
     steps: int,
     batch: int,
@@ -192,9 +207,9 @@ def _train_vae(
     progress: Progress | None,
 ) -> AutoencoderKL:
     """Autoencoder for `pixels` (n, 3, s, s) in [-1, 1]: squared error plus a faint KL that keeps latents small."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    vae = AutoencoderKL(
+    vae: Any = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=tuple(channels),
@@ -235,6 +250,7 @@ def _train_text_encoder(
     tokenizer: CLIPTokenizer,
     texts: Sequence[str],
     latents: torch.Tensor,
+    *,
     width: int,
     layers: int,
     steps: int,
@@ -245,10 +261,10 @@ def _train_text_encoder(
 
     The linear map is thrown away; the second result is the last batch's text-to-latent accuracy.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    import transformers
 
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
+    encoder: Any = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=2 * width,
@@ -287,10 +303,10 @@ def _train_text_encoder(
     return encoder.eval().requires_grad_(False), accuracy
 
 
-def _new_unet(channels: Sequence[int], text_width: int, latent_size: int) -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
+def _new_unet(channels: Sequence[int], text_width: int, latent_size: int) -> Any:
+    import diffusers
 
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
