@@ -36,7 +36,7 @@ class Data(Section):
     source: Literal["digits", "imagefolder", "webdataset"]
     path: str | None = None
     classes: list[str] | Literal["imagenette", "imagewoof", "imageidc", "imagenet100"] | None = None
-    class_names: str | None = None
+    class_names: str | dict[str, str] | None = Field(None, description="a listing file, or {id: name}")
     image_size: int = Field(32, ge=8, description="pixels of the bundled digits; other sources keep their own")
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training images kept for choosing settings")
     test: float | None = Field(

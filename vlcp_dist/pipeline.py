@@ -110,7 +110,7 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
     plan = stages(cfg)
     context = base.make_run(cfg, plan)
     states: list[StageStatus] = []
-    with _Engines(cfg) as engines:
+    with Engines(cfg) as engines:
         for stage in plan:
             _run_stage(context, stage, engines, progress)
             if stage.name == "index":
@@ -120,7 +120,7 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
     return states
 
 
-def _run_stage(context: base.Run, stage: base.Stage, engines: "_Engines", progress: Progress) -> None:
+def _run_stage(context: base.Run, stage: base.Stage, engines: "Engines", progress: Progress) -> None:
     state = _stage_status(context, stage)
     folder = context.folders[stage.name]
     progress.start(stage.name, state.units or [], state.markers, folder)
@@ -148,7 +148,7 @@ def _run_stage(context: base.Run, stage: base.Stage, engines: "_Engines", progre
         )
 
 
-class _Engines:
+class Engines:
     """The engine of a run, started when the first unit needs it and stopped at the end."""
 
     def __init__(self, cfg: Config):
@@ -156,7 +156,7 @@ class _Engines:
         self._engine: Any = None
         self._started_ray = False
 
-    def __enter__(self) -> "_Engines":
+    def __enter__(self) -> "Engines":
         return self
 
     def run(self, context: base.Run, stage: base.Stage, units: list[Unit], on_event: Callable[[Event], None]) -> None:

@@ -84,11 +84,14 @@ def load_captioner(
             f"not {batch_size}, {max_new_tokens} and {temperature}"
         )
     with _missing_weights(model, revision):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+        # First, and alone: offline, the processor would try again and again for each of its many optional files.
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
         network = AutoModelForImageTextToText.from_pretrained(
             model,
+            config=config,
             revision=revision,
             dtype=DTYPES[dtype],
             device_map=device,

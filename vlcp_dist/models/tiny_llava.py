@@ -95,7 +95,6 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=PAD,
         extra_special_tokens={"image_token": IMAGE},
-        padding_side="left",
     )
 
 

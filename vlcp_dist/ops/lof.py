@@ -9,7 +9,6 @@ from torch import Tensor
 from vlcp_dist.ops.points import as_points
 
 _QUERY_ROWS = 2048  # rows of the distance matrix held at a time: bounds memory for very large classes
-_SPARE_CANDIDATES = 6  # beyond n_neighbors, so that rounding in the matrix product loses no neighbour
 _DIFFERENCE_ELEMENTS = 2**20  # differences held at a time: small enough to stay in a CPU's cache
 _DENSITY_FLOOR = 1e-10  # scikit-learn's: keeps the density of more than n_neighbors duplicates finite
 
@@ -58,25 +57,26 @@ def inlier_mask(scores: Tensor, contamination: float) -> Tensor:
 
 def _nearest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances (n, k) float64 to each row's k nearest other rows, ascending, and the indices (n, k) of these."""
-    candidates = _candidates(x, min(k + _SPARE_CANDIDATES, len(x) - 1)).sort(dim=1).values
-    rows = max(1, _DIFFERENCE_ELEMENTS // (candidates.shape[1] * x.shape[1]))
+    neighbors = _neighbors(x, k).sort(dim=1).values  # by index, so that the stable sort below settles ties by it
+    rows = max(1, _DIFFERENCE_ELEMENTS // (k * x.shape[1]))
     # From differences: exactly 0 between duplicates, where |a|^2 - 2ab + |b|^2 leaves noise that LOF would turn
     # into huge densities, and equal for equal rows, so that ties stay ties.
     distances = torch.cat(
         [
             torch.linalg.vector_norm(x[near].sub_(block[:, None]), dim=2)
-            for block, near in zip(x.split(rows), candidates.split(rows), strict=True)
+            for block, near in zip(x.split(rows), neighbors.split(rows), strict=True)
         ]
     )
     distances, order = distances.double().sort(dim=1, stable=True)
-    return distances[:, :k], candidates.gather(1, order)[:, :k]
+    return distances, neighbors.gather(1, order)
 
 
-def _candidates(x: Tensor, count: int) -> Tensor:
-    """Indices (n, count) of the rows nearest to each row, up to the rounding of a matrix product."""
-    # A caller may have switched TF32 on, which is too coarse; float64 costs a GPU milliseconds.
-    centred = x.double() if x.is_cuda else x
-    centred = centred - centred.mean(dim=0)  # a common offset would eat the product's digits
+def _neighbors(x: Tensor, k: int) -> Tensor:
+    """Indices (n, k) of each row's k nearest other rows, in no particular order."""
+    # float64 and centred, because distances come here as differences of norms: among near-duplicates far from the
+    # origin nothing would be left of them in float32.
+    centred = x.to(torch.float64, copy=True)
+    centred -= centred.mean(dim=0)
     sq_norms = centred.square().sum(dim=1)
     found = []
     for start in range(0, len(x), _QUERY_ROWS):
@@ -84,5 +84,5 @@ def _candidates(x: Tensor, count: int) -> Tensor:
         sq_distances = torch.addmm(sq_norms, centred[start : start + _QUERY_ROWS], centred.T, alpha=-2)
         # Self is dropped by index: a duplicate may well come before it.
         sq_distances.diagonal(offset=start).fill_(torch.inf)
-        found.append(sq_distances.topk(count, dim=1, largest=False).indices)
+        found.append(sq_distances.topk(k, dim=1, largest=False).indices)
     return torch.cat(found)

@@ -22,7 +22,7 @@ FAINTEST_OBJECT = 16.0
 PLAIN_DISTANCE = 48.0
 # Share of such border pixels, and Otsu's separability, from which an outline can be trusted.
 PLAIN_SHARE = 0.6
-SEPARABLE = 0.75
+SEPARABLE = 0.74
 # Parts below this share of the largest part's area are specks; holes below this share of the box are noise.
 SMALLEST_PART = 0.1
 SMALLEST_LOOP = 0.01

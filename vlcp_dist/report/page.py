@@ -1,15 +1,175 @@
-"""Writes `<root>/report/`: `results.json` and `index.html`."""
+"""Writes `<root>/report/`: the page `index.html`, `results.json`, and the `config.yaml` that repeats the run."""
 
 import json
-from pathlib import Path
+import platform
+import shlex
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlcp_dist.config import Config
-from vlcp_dist.pipeline import StageStatus
-from vlcp_dist.report.results import results
+from vlcp_dist.pipeline import StageStatus, failures
+from vlcp_dist.report import figures, material, tables
+from vlcp_dist.report.material import Material
+from vlcp_dist.report.results import results, summarize
+
+LONG = ("curve", "per_class", "classes")  # stay in the records of the evaluate and baselines folders
+PACKAGES = ("vlcp-dist", "torch", "diffusers", "transformers", "accelerate", "ray", "numpy", "scikit-learn")
+SHOWN_FAILURES = 50
 
 
 def write(cfg: Config, states: list[StageStatus]) -> Path:
+    """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
+
+    The page loads nothing from elsewhere. The same run gives the same page.
+    """
     folder = Path(cfg.root) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results(states), indent=1) + "\n")
-    return folder / "results.json"
+    records = results(states)
+    short = [{name: value for name, value in record.items() if name not in LONG} for record in records]
+    (folder / "results.json").write_text(json.dumps(short, indent=1) + "\n")
+    settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(settings)
+    page = folder / "index.html"
+    page.write_text(_render(_context(cfg, states, records, settings)), encoding="utf-8")
+    return page
+
+
+def _render(context: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("vlcp_dist", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"mib": lambda n: f"{n / 2**20:,.1f}", "signed": tables.signed}
+    return environment.get_template("page.html").render(context) + "\n"
+
+
+def _context(
+    cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str
+) -> dict[str, Any]:
+    found = Material(cfg, states)
+    summaries = summarize(records)
+    strategy = cfg.synthesize.strategies[0]
+    stage_rows = [_stage_row(state) for state in states]
+    failed = failures(states)
+    grid = material.distilled_grid(found) if found.indexed else None
+    return {
+        "title": _source(cfg),
+        "facts": _facts(cfg, found, states),
+        "headline": tables.headline(summaries, strategy),
+        "unfinished": [row for row in stage_rows if row["units"] is None or row["done"] < row["units"]],
+        "nets": [_net(net, summaries, records) for net in cfg.evaluate.nets if _of_net(records, net)],
+        "split": cfg.evaluate.split,
+        "recognised": tables.recognised(records),
+        "grid": grid,
+        "strategies": material.strategy_rows(found, grid["ipc"]) if grid else None,
+        "texts": material.text_prototypes(found) if found.indexed else None,
+        "prototype_settings": cfg.prototypes,
+        "outliers": material.outliers(found) if found.indexed else None,
+        "tiny": material.is_tiny(found),
+        "loss": _loss(found),
+        "class_names": [info.name for info in found.shown] if found.indexed else [],
+        "hidden_classes": len(found.classes) - len(found.shown) if found.indexed else 0,
+        "stages": stage_rows,
+        "failures": failed[:SHOWN_FAILURES],
+        "failures_total": len(failed),
+        "metrics": _metrics(found),
+        "unreadable": found.unreadable,  # after all that reads images
+        "settings": settings,
+        "versions": [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)],
+        "command": f"vlcp run --config {shlex.quote(f'{cfg.root}/report/config.yaml')}",
+    }
+
+
+def _source(cfg: Config) -> str:
+    if cfg.data.source == "digits":
+        return "scikit-learn digits"
+    if isinstance(cfg.data.classes, str):
+        return cfg.data.classes
+    return PurePosixPath(cfg.data.path or "").name
+
+
+def _facts(cfg: Config, found: Material, states: list[StageStatus]) -> list[tuple[str, str]]:
+    """What was distilled, as name and value."""
+    facts = [("source", f"{_source(cfg)} ({cfg.data.source})")]
+    if found.indexed:
+        sizes = {name: size for name, size in found.split_sizes.items() if size}
+        facts.append(("classes", f"{len(found.classes):,}"))
+        facts.append(("real images", ", ".join(f"{size:,} {name}" for name, size in sizes.items())))
+        distilled = [(ipc, ipc * len(found.classes)) for ipc in sorted(cfg.ipc)]
+        train = sizes.get("train", 0)
+        shares = [f"{n:,} ({100 * n / train:.2g} %)" for _, n in distilled] if train else []
+        facts.append(("images per class (IPC)", ", ".join(str(ipc) for ipc, _ in distilled)))
+        facts.append(("distilled images", ", ".join(shares)))
+    facts.append(("captioner", cfg.caption.model if cfg.caption.captioner == "llava" else cfg.caption.captioner))
+    facts.append(("diffusion model", cfg.diffusion.model or "small, made from the training images"))
+    finished = [marker["finished"] for state in states for marker in state.markers.values()]
+    if finished:
+        facts.append(("last result", datetime.fromtimestamp(max(finished), UTC).strftime("%Y-%m-%d %H:%M UTC")))
+    return facts
+
+
+def _of_net(items: list[dict[str, Any]], net: str) -> list[dict[str, Any]]:
+    return [item for item in items if item["net"] == net]
+
+
+def _net(net: str, summaries: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that the page says of one net's trainings."""
+    summaries, records = _of_net(summaries, net), _of_net(records, net)
+    ipcs = tables.ipcs_of(records)
+    return {
+        "net": net,
+        "table": tables.accuracy_table(summaries),
+        "protocol": tables.protocol_text(records),
+        "test_images": records[0]["test_images"],
+        "seeds": sorted({record["seed"] for record in records}),
+        "legend": figures.legend(tables.methods_of(summaries)),
+        "chart": figures.accuracy_by_ipc(summaries),
+        "effect": tables.text_effect(summaries),
+        "curves": figures.training_curves(records),
+        "per_class": [tables.per_class(records, ipc, material.SHOWN_CLASSES) for ipc in ipcs],
+    }
+
+
+def _loss(found: Material) -> dict[str, Any] | None:
+    if "training.json" not in found.files["finetune"]:
+        return None
+    history = json.loads((found.path("finetune") / "training.json").read_text())
+    return figures.finetune_loss(history["loss"]) if history["loss"] else None
+
+
+def _stage_row(state: StageStatus) -> dict[str, Any]:
+    row = state.summary()
+    rate = row["samples"] / row["worker_seconds"] if row["worker_seconds"] else None
+    return {**row, "folder": Path(row["folder"]).name, "rate": rate}
+
+
+def _metrics(found: Material) -> list[tuple[str, str]]:
+    """What stages measured beside time, summed over units (text) or as the only unit tells it (model)."""
+    metrics = []
+    captions = _total(found, "caption")
+    if captions.get("tokens"):
+        images = sum(marker["n_ok"] for marker in found.states["caption"].markers.values())
+        metrics.append(("caption: tokens per image", f"{captions.pop('tokens') / max(1, images):.1f}"))
+    metrics += [(f"caption: {name.replace('_', ': ')}", f"{count:,}") for name, count in captions.items()]
+    for marker in found.states["pretrain"].markers.values() if "pretrain" in found.states else ():
+        metrics += [(f"pretrain: {name.replace('_', ' ')}", f"{value:,.4g}") for name, value in marker["info"].items()]
+    prototypes = _total(found, "prototypes")
+    if prototypes:
+        metrics.append(("prototypes: clusters without a text", f"{prototypes['fallbacks']:,}"))
+    return metrics
+
+
+def _total(found: Material, stage: str) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for marker in found.states[stage].markers.values():
+        for name, value in marker["info"].items():
+            total[name] = total.get(name, 0) + value
+    return total

@@ -88,6 +88,7 @@ class Worker:
         )
         checkpoint = run.folders["finetune"].path / CHECKPOINT
         trainer.resume(checkpoint)
+        resumed_at = trainer.step_number
         shape = latents[rows[0].key].shape
         steps = cfg.epochs * math.ceil(len(rows) / cfg.batch_size)
         for batch in batches(
@@ -114,7 +115,7 @@ class Worker:
         files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in sorted((folder / "unet").iterdir())}
         files["training.json"] = (json.dumps(trainer.history()) + "\n").encode()
         n_in = len(rows) + len(failed)
-        return Outcome(files, n_in, failed, {"steps": steps, "workers": trainer.world}, obsolete=[CHECKPOINT])
+        return Outcome(files, n_in, failed, {"steps": steps, "workers": trainer.world, "resumed_at_step": resumed_at}, obsolete=[CHECKPOINT])
 
 
 class Trainer:

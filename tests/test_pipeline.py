@@ -1,0 +1,163 @@
+"""The whole pipeline: the same bytes from every engine, through kills and restarts, and nothing done twice."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlcp_dist import config, pipeline
+from vlcp_dist.engine.progress import Progress
+from vlcp_dist.stages import base
+
+MICRO = Path(__file__).parent / "micro.yaml"
+STAGES = ["index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"]
+
+
+def artefacts(root: Path) -> dict[str, str]:
+    """sha256 of every file that a marker of the run names."""
+    return {
+        f"{marker.relative_to(root).parts[0]}/{name}": hashlib.sha256(
+            (root / marker.relative_to(root).parts[0] / name).read_bytes()
+        ).hexdigest()
+        for marker in root.glob("*/done/**/*.json")
+        for name in json.loads(marker.read_text())["files"]
+    }
+
+
+def markers(root: Path) -> dict[str, float]:
+    """When every unit was finished."""
+    return {
+        str(path.relative_to(root)): json.loads(path.read_text())["finished"] for path in root.glob("*/done/**/*.json")
+    }
+
+
+def vlcp(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vlcp_dist", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A quiet run without Ray."""
+    root = tmp_path_factory.mktemp("reference") / "run"
+    pipeline.run(config.load(MICRO, [f"root={root}", "engine.kind=serial"]), Progress())
+    return root
+
+
+def test_every_stage_leaves_its_artefacts(reference):
+    files = artefacts(reference)
+    stages = {name.split("-")[0] for name in files}
+    assert stages == set(STAGES)
+    images = [name for name in files if name.endswith(".png")]
+    assert len(images) == 2 * (1 + 2) * 10  # two strategies, IPC 1 and 2, ten classes
+    assert not list(reference.glob("**/.*.tmp"))
+    assert not list(reference.glob("finetune-*/checkpoint*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_gives_the_bytes_of_the_serial_engine(reference, tmp_path, workers):
+    vlcp("run", "-c", str(MICRO), f"root={tmp_path / 'run'}", f"engine.workers={workers}")
+    assert artefacts(tmp_path / "run") == artefacts(reference)
+
+
+def test_two_training_workers_learn_what_one_does(reference, tmp_path):
+    """Same order, noise and global batch on two processes: the same losses, but for the order of sums."""
+    cfg = config.load(MICRO, [f"root={tmp_path / 'run'}", "finetune.workers=2"])
+    plan = pipeline.stages(cfg)
+    run = base.make_run(cfg, plan)
+    run.folders["finetune"].path.parent.mkdir(parents=True)
+    for name in STAGES[:4]:  # all that fine-tuning follows from
+        source = next(reference.glob(f"{name}-*"))
+        run.folders[name].path.symlink_to(source)
+    with pipeline.Engines(cfg) as engines:
+        stage = next(stage for stage in plan if stage.name == "finetune")
+        events = []
+        engines.run(run, stage, stage.units(run), events.append)
+    assert [event.kind for event in events] == ["done"], events[-1].message
+    assert events[0].marker["info"]["workers"] == 2
+    one = json.loads(next(reference.glob("finetune-*/training.json")).read_text())["loss"]
+    two = json.loads((run.folders["finetune"].path / "training.json").read_text())["loss"]
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_killed_three_times_and_still_the_same_bytes(reference, tmp_path):
+    root = tmp_path / "run"
+    command = [sys.executable, "-m", "vlcp_dist", "run", "-c", str(MICRO), f"root={root}", "--progress-interval", "0.2"]
+    kept: dict[str, float] = {}
+    for moment in (r"caption: [1-4] of 5", r"finetune: .*step (?!1/)\d+/", r"synthesize: [1-5] of 6"):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        seen = False
+        for line in process.stderr:
+            if re.search(moment, line):
+                seen = True
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stderr.close()
+        assert process.wait() == -signal.SIGKILL and seen, f"{moment} was never printed"
+        now = markers(root)
+        assert kept.items() <= now.items()
+        kept = now
+    vlcp(*command[3:])
+    assert artefacts(root) == artefacts(reference)
+    assert kept.items() <= markers(root).items()
+    unet = json.loads(next(root.glob("finetune-*/done/unet.json")).read_text())
+    assert unet["info"]["resumed_at_step"] > 0
+
+
+def test_a_second_run_does_nothing_and_a_larger_ipc_only_the_difference(reference):
+    before = markers(reference)
+    again = vlcp("run", "-c", str(MICRO), f"root={reference}", "engine.kind=serial")
+    assert markers(reference) == before
+    assert again.stderr.count("were done before") == len(STAGES)
+    vlcp("run", "-c", str(MICRO), f"root={reference}", "engine.kind=serial", "ipc=[1,2,3]")
+    after = markers(reference)
+    assert before.items() <= after.items()
+    new = {name for name in after if name not in before}
+    assert all("ipc=3" in name for name in new)
+    assert {name.split("-")[0] for name in new} == {"prototypes", "synthesize", "baselines", "evaluate"}
+
+
+def test_a_deleted_file_is_made_again_and_nothing_else(reference):
+    before, files = markers(reference), artefacts(reference)
+    victim = next(reference.glob("caption-*/000002.tar"))
+    victim.unlink()
+    state = vlcp("status", "-c", str(MICRO), f"root={reference}", "--json", check=False)
+    assert state.returncode == 1
+    assert {row["stage"]: row["done"] for row in json.loads(state.stdout)}["caption"] == 4
+    vlcp("run", "-c", str(MICRO), f"root={reference}", "engine.kind=serial")
+    after = markers(reference)
+    assert {name for name in after if after[name] != before[name]} == {
+        f"{victim.parent.name}/done/000002.json"
+    }
+    assert artefacts(reference) == files
+
+
+def test_status_plan_and_report_speak_json(reference):
+    arguments = ["-c", str(MICRO), f"root={reference}", "--json"]
+    state = json.loads(vlcp("status", *arguments).stdout)
+    assert [row["stage"] for row in state] == STAGES
+    assert all(row["done"] == row["units"] for row in state)
+    planned = json.loads(vlcp("plan", *arguments, "ipc=[4]").stdout)
+    left = {row["stage"]: row["samples_left"] for row in planned}
+    assert left["caption"] == left["finetune"] == 0
+    assert left["synthesize"] == 2 * 4 * 10
+    assert next(row for row in planned if row["stage"] == "synthesize")["worker_seconds_left"] is None
+    results = json.loads(vlcp("report", *arguments).stdout)
+    assert {(r["method"], r["ipc"]) for r in results} == {(m, i) for m in ("random", "DCS", "L") for i in (1, 2)}
+    assert {"method", "ipc", "net", "protocol", "seed", "top1_best", "top1_last", "train_images"} <= set(results[0])
+
+
+def test_a_plan_before_anything_ran(tmp_path):
+    planned = json.loads(vlcp("plan", "-c", str(MICRO), f"root={tmp_path / 'new'}", "--json").stdout)
+    assert planned[0]["units"] == 1
+    assert all(row["units"] is None for row in planned[1:])
+    assert not (tmp_path / "new").exists()
