@@ -81,6 +81,16 @@ def test_result_depends_on_the_arguments_alone():
     assert other.curve != first.curve
 
 
+def test_cudnn_is_on_and_deterministic_while_training_only():
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic
+
+    before, during = flags(), set()
+    run(on_progress=lambda *_: during.add(flags()))
+    assert during == {(True, True)}
+    assert flags() == before
+
+
 def test_training_follows_a_plain_loop():
     """Without augmentation: SGD with momentum and decay on the whole set, the rate times 0.2 at 2/3 and 5/6."""
     protocol = replace(SMALL, epochs=12, evaluations=12, batch_size=24, weight_decay=0.01, **PLAIN)
@@ -157,7 +167,7 @@ def test_bfloat16_learns_too():
 
 
 def test_divergence_is_an_error():
-    with pytest.raises(FloatingPointError, match="at epoch .*lower lr"):
+    with pytest.raises(FloatingPointError, match=r"at epoch .*lower lr"):
         run(replace(SMALL, lr=1e30))
 
 

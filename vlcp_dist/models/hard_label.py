@@ -132,7 +132,7 @@ def train(
     assert protocol.epochs is not None  # resolve has filled it in
     interval = max(protocol.epochs // protocol.evaluations, 1)
     curve: list[dict[str, float]] = []
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         for epoch, mean_loss in enumerate(_epochs(net, images, labels, protocol, generator), start=1):
             if epoch % interval and epoch != protocol.epochs:
                 continue
