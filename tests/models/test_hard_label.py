@@ -42,6 +42,12 @@ def test_published_epochs(ipc, classes, epochs):
     assert hard_label.published_epochs(ipc, classes) == epochs
 
 
+def test_full_data_has_no_ipc_of_zero():
+    with pytest.raises(ValueError, match="no published epochs for IPC 0"):
+        run(replace(SMALL, epochs=None), ipc=0)
+    assert run(replace(SMALL, epochs=1), ipc=0).epochs == 1
+
+
 def test_published_values_fill_what_is_left_open():
     ten = hard_label.resolve(Protocol(), num_classes=10, ipc=10)
     assert (ten.epochs, ten.batch_size, ten.lr, ten.weight_decay) == (2000, 64, 0.01, 5e-4)

@@ -70,7 +70,12 @@ class Result:
 
 
 def published_epochs(ipc: int, num_classes: int) -> int:
-    """The published number of epochs: fewer with more images; for 100 classes two thirds, in whole hundreds."""
+    """The published number of epochs: fewer with more images; for 100 classes two thirds, in whole hundreds.
+
+    Raises ValueError for an IPC below 1: for the full data it is the size of a class.
+    """
+    if ipc < 1:
+        raise ValueError(f"no published epochs for IPC {ipc}: give the number of images of a class, or the epochs")
     table = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500))
     epochs = next((epochs for largest, epochs in table if ipc <= largest), 300)
     return epochs * 2 // 3 // 100 * 100 if num_classes == 100 else epochs
