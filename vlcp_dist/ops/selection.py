@@ -23,10 +23,10 @@ def k_center_greedy(x: Tensor, m: int) -> Tensor:
     """
     x = as_points(x)
     _check_count(len(x), m)
-    selected = [_sq_distances(x, x.mean(dim=0)).argmin()]
+    selected = [_distances(x, x.mean(dim=0)).argmin()]
     nearest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
     while len(selected) < m:
-        nearest = torch.minimum(nearest, _sq_distances(x, x[selected[-1]]))
+        nearest = torch.minimum(nearest, _distances(x, x[selected[-1]]))
         nearest[selected[-1]] = -1  # below the 0 of a duplicate: selected points stay out, duplicates remain
         selected.append(nearest.argmax())
     return torch.stack(selected)
@@ -46,16 +46,16 @@ def herding(x: Tensor, m: int) -> Tensor:
     selected: list[Tensor] = []
     while len(selected) < m:
         # |mean of selection and x| is least where x is nearest to minus the sum of the selection.
-        misfit = _sq_distances(centred, -total).masked_fill(taken, torch.inf)
+        misfit = _distances(centred, -total).masked_fill(taken, torch.inf)
         selected.append(misfit.argmin())
         taken[selected[-1]] = True
         total = total + centred[selected[-1]]
     return torch.stack(selected)
 
 
-def _sq_distances(x: Tensor, point: Tensor) -> Tensor:
+def _distances(x: Tensor, point: Tensor) -> Tensor:
     # From differences, not norms and products: equal rows get equal distances, so ties are real ties.
-    return (x - point).square().sum(dim=1)
+    return torch.cdist(x, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
 def _check_count(n: int, m: int) -> None:

@@ -4,11 +4,13 @@ Also the prompts of the ablation in Table 5, which are made of the same keywords
 """
 
 import functools
+import heapq
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from typing import Literal
 
 Matching = Literal["word", "substring"]
@@ -175,7 +177,7 @@ def template_sentence(class_name: str, keywords: Sequence[str]) -> str:
 def _nonrepresentative(tokens: Sequence[Sequence[str]], beta: float) -> list[str]:
     if not 0 < beta <= 1:
         raise ValueError(f"beta is a share of the descriptions in (0, 1], got {beta}")
-    held_by = Counter(word for words in tokens for word in set(words))
+    held_by = Counter(chain.from_iterable(set(words) for words in tokens))
     return sorted(w for w, count in held_by.items() if count / len(tokens) >= beta and w not in stop_words())
 
 
@@ -184,10 +186,10 @@ def _keywords(
 ) -> list[tuple[str, int]]:
     if k < 1:
         raise ValueError(f"k, the number of keywords, must be at least 1, got {k}")
-    occurrences = Counter(word for words in tokens for word in words)
+    occurrences = Counter(chain.from_iterable(tokens))
     unwanted, name = stop_words().union(excluded), class_name.lower()
     kept = [(w, count) for w, count in occurrences.items() if w not in unwanted and w not in name]
-    return sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:k]
+    return heapq.nsmallest(k, kept, key=lambda pair: (-pair[1], pair[0]))
 
 
 def _text_prototype(
