@@ -1,13 +1,14 @@
 """Line charts as inline SVG: plain strings, the same bytes every time, text that the page's own styles reach."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 440, 270  # small enough that text stays readable at a phone's width
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 38
+Scale = Callable[[float], float]
 DODGE = 3.0  # pixels between lines at one x, so that their error bars do not cover each other
 
 
@@ -41,31 +42,33 @@ def line_chart(
     x_ticks: Sequence[float] | None = None,
     log_x: bool = False,
     y_limits: tuple[float, float] = (-math.inf, math.inf),
+    y_span: float = 0.0,
     levels: Sequence[Line] = (),
 ) -> Markup:
     """An `<svg>` of the lines; `levels` are horizontal lines at the y of their first point.
 
-    `x_ticks` are chosen when not given, `y_limits` bound the y axis, and `description` is what a screen reader says.
+    `x_ticks` are whole numbers when not given, `y_limits` bound the y axis, which spans `y_span` at least, and
+    `description` is what a screen reader says.
     Raises ValueError for no points at all.
     """
     xs = [x for line in lines for x, _ in line.points]
     if not xs:
         raise ValueError("a chart needs at least one point")
-    y_low, y_high = _y_range([*lines, *levels], y_limits)
+    y_low, y_high = _y_range([*lines, *levels], y_limits, y_span)
     x_scale = _scale(min(xs), max(xs), LEFT + 10, WIDTH - RIGHT - 10, log=log_x)
     y_scale = _scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
     parts = [
-        _grid(ticks(min(xs), max(xs)) if x_ticks is None else x_ticks, ticks(y_low, y_high), x_scale, y_scale),
+        _grid(
+            ticks(min(xs), max(xs), smallest=1) if x_ticks is None else x_ticks, ticks(y_low, y_high), x_scale, y_scale
+        ),
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
         f"{escape(x_label)}</text>",
         f'<text class="axis" transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>',
     ]
     for level in levels:
-        y = y_scale(level.points[0][1])
-        parts.append(
-            f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" {_stroke(level.style)}><title>{escape(level.label)}</title></path>'
-        )
+        path = f"M{LEFT} {y_scale(level.points[0][1]):.1f}H{WIDTH - RIGHT}"
+        parts.append(f'<path d="{path}" {_stroke(level.style)}><title>{escape(level.label)}</title></path>')
     with_bars = any(line.errors for line in lines)
     for i, line in enumerate(lines):
         shift = (i - (len(lines) - 1) / 2) * DODGE if with_bars else 0.0
@@ -84,12 +87,13 @@ def key(style: Style) -> Markup:
     )
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` round numbers in [low, high], their distance 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, most: int = 6, smallest: float = 0.0) -> list[float]:
+    """At most `most` round numbers in [low, high], `smallest` or 1, 2 or 5 times a power of ten apart."""
     if high <= low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(s for factor in (1, 2, 5, 10, 20) if (high - low) / (s := factor * power) + 1 <= most + 1e-9)
+    step = max(step, smallest)
     return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -108,25 +112,26 @@ def thin(points: Sequence[tuple[float, float]], most: int = 500) -> list[tuple[f
     return [*points[:-1:stride], points[-1]] if points else []
 
 
-def _y_range(lines: Sequence[Line], limits: tuple[float, float]) -> tuple[float, float]:
+def _y_range(lines: Sequence[Line], limits: tuple[float, float], span: float) -> tuple[float, float]:
     ends = [
         y + sign * error
         for line in lines
         for (_, y), error in zip(line.points, line.errors or [0.0] * len(line.points), strict=True)
         for sign in (-1, 1)
     ]
-    pad = (max(ends) - min(ends)) * 0.05 or 1.0
+    height = max(ends) - min(ends)
+    pad = max(height * 0.05, (span - height) / 2) or 1.0
     return max(limits[0], min(ends) - pad), min(limits[1], max(ends) + pad)
 
 
-def _scale(low, high, start, end, log=False):  # type: ignore[no-untyped-def]
+def _scale(low: float, high: float, start: float, end: float, log: bool = False) -> Scale:
     """A function from [low, high] to pixels; one value alone goes to the middle."""
-    place = math.log if log else float
+    place: Scale = math.log if log else float
     first, span = place(low), place(high) - place(low)
     return lambda value: start + (end - start) * ((place(value) - first) / span if span else 0.5)
 
 
-def _grid(x_ticks, y_ticks, x_scale, y_scale) -> str:  # type: ignore[no-untyped-def]
+def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], x_scale: Scale, y_scale: Scale) -> str:
     base = HEIGHT - BOTTOM
     parts = [f'<path class="base" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>']
     for y in y_ticks:
@@ -140,7 +145,7 @@ def _grid(x_ticks, y_ticks, x_scale, y_scale) -> str:  # type: ignore[no-untyped
     return "".join(parts)
 
 
-def _line(line: Line, places: list[tuple[float, float]], y_scale) -> str:  # type: ignore[no-untyped-def]
+def _line(line: Line, places: list[tuple[float, float]], y_scale: Scale) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts = [f'<path d="{path}" {_stroke(line.style)}/>']
     for (x, _), (_, value), error in zip(places, line.points, line.errors or [0.0] * len(places), strict=True):
@@ -155,9 +160,7 @@ def _line(line: Line, places: list[tuple[float, float]], y_scale) -> str:  # typ
 def _stroke(style: Style) -> str:
     dash = f' stroke-dasharray="{style.dash}"' if style.dash else ""
     opacity = f' stroke-opacity="{style.opacity:g}"' if style.opacity < 1 else ""
-    return (
-        f'fill="none" stroke="{style.color}" stroke-width="{style.width:g}" stroke-linejoin="round"{dash}{opacity}'
-    )
+    return f'fill="none" stroke="{style.color}" stroke-width="{style.width:g}" stroke-linejoin="round"{dash}{opacity}'
 
 
 def _marker(x: float, y: float, style: Style) -> str:

@@ -23,7 +23,7 @@ STYLES = {
 
 
 def legend(methods: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"method": method, "key": key(STYLES[method])} for method in methods]
+    return [{"name": "full data" if m == "full" else m, "key": key(STYLES[m])} for m in methods]
 
 
 def accuracy_by_ipc(summaries: Sequence[dict[str, Any]]) -> Markup | None:
@@ -41,12 +41,13 @@ def accuracy_by_ipc(summaries: Sequence[dict[str, Any]]) -> Markup | None:
         lines.append(Line(method, points, STYLES[method], [row["best_std"] for row in rows]))
     return line_chart(
         lines,
-        description=f"Top-1 accuracy against images per class ({', '.join(map(str, ipcs))}); a table below has the numbers",
+        description=f"Top-1 accuracy against images per class, {', '.join(map(str, ipcs))}: the table has the numbers",
         x_label="images per class (log scale)",
         y_label="top-1 %",
         x_ticks=ipcs,
         log_x=True,
         y_limits=(0, 100),
+        y_span=5,
         levels=levels,
     )
 
@@ -88,4 +89,5 @@ def _curves(title: str, records: Sequence[dict[str, Any]]) -> Markup:
         x_label="epoch",
         y_label="top-1 %",
         y_limits=(0, 100),
+        y_span=5,
     )

@@ -121,7 +121,7 @@ def distilled_grid(material: Material) -> dict[str, Any] | None:
             sheet = contact_sheet([above, below])
             sheets.append({"name": info.name, "uri": data_uri(sheet, material.tile_size), "columns": len(above)})
     note = not_shown(material, "synthesize", f"{strategy}/ipc={ipc}/")
-    return {"strategy": strategy, "ipc": ipc, "cut": ipc > SHOWN_CLUSTERS, "sheets": sheets, "note": note}
+    return {"strategy": strategy, "ipc": ipc, "columns": min(ipc, SHOWN_CLUSTERS), "sheets": sheets, "note": note}
 
 
 def strategy_rows(material: Material, ipc: int) -> dict[str, Any] | None:
@@ -182,9 +182,7 @@ def outliers(material: Material) -> dict[str, Any] | None:
                 {**outlier, "uri": _uri(material, material.real(info.id, outlier["key"]))}
                 for outlier in ordered[:SHOWN_OUTLIERS]
             ]
-            classes.append(
-                {"name": info.name, "removed": len(ordered), "images": table["images"], "outliers": images}
-            )
+            classes.append({"name": info.name, "removed": len(ordered), "images": table["images"], "outliers": images})
     return {"classes": classes, "note": not_shown(material, "prototypes", f"ipc={ipcs[0]}/")}
 
 

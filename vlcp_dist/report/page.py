@@ -20,6 +20,14 @@ from vlcp_dist.report.results import results, summarize
 LONG = ("curve", "per_class", "classes")  # stay in the records of the evaluate and baselines folders
 PACKAGES = ("vlcp-dist", "torch", "diffusers", "transformers", "accelerate", "ray", "numpy", "scikit-learn")
 SHOWN_FAILURES = 50
+PRETRAIN = {
+    "vae_psnr": "VAE PSNR, dB",
+    "scaling_factor": "latent scaling factor",
+    "text_accuracy": "texts that find their latent, share",
+    "vae_seconds": "VAE training, s",
+    "text_seconds": "text encoder training, s",
+    "unet_parameters": "U-Net parameters",
+}
 
 
 def write(cfg: Config, states: list[StageStatus]) -> Path:
@@ -51,9 +59,7 @@ def _render(context: dict[str, Any]) -> str:
     return environment.get_template("page.html").render(context) + "\n"
 
 
-def _context(
-    cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str
-) -> dict[str, Any]:
+def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
     found = Material(cfg, states)
     summaries = summarize(records)
     strategy = cfg.synthesize.strategies[0]
@@ -98,14 +104,14 @@ def _source(cfg: Config) -> str:
 
 def _facts(cfg: Config, found: Material, states: list[StageStatus]) -> list[tuple[str, str]]:
     """What was distilled, as name and value."""
-    facts = [("source", f"{_source(cfg)} ({cfg.data.source})")]
+    facts = [("source", _source(cfg) if cfg.data.source == "digits" else f"{_source(cfg)} ({cfg.data.source})")]
     if found.indexed:
         sizes = {name: size for name, size in found.split_sizes.items() if size}
         facts.append(("classes", f"{len(found.classes):,}"))
         facts.append(("real images", ", ".join(f"{size:,} {name}" for name, size in sizes.items())))
         distilled = [(ipc, ipc * len(found.classes)) for ipc in sorted(cfg.ipc)]
         train = sizes.get("train", 0)
-        shares = [f"{n:,} ({100 * n / train:.2g} %)" for _, n in distilled] if train else []
+        shares = [f"{n:,} ({100 * n / train:.3g} %)" for _, n in distilled] if train else []
         facts.append(("images per class (IPC)", ", ".join(str(ipc) for ipc, _ in distilled)))
         facts.append(("distilled images", ", ".join(shares)))
     facts.append(("captioner", cfg.caption.model if cfg.caption.captioner == "llava" else cfg.caption.captioner))
@@ -152,18 +158,18 @@ def _stage_row(state: StageStatus) -> dict[str, Any]:
 
 
 def _metrics(found: Material) -> list[tuple[str, str]]:
-    """What stages measured beside time, summed over units (text) or as the only unit tells it (model)."""
+    """What stages measured beside time: sums over the units that describe, the one unit that makes a model."""
     metrics = []
-    captions = _total(found, "caption")
-    if captions.get("tokens"):
-        images = sum(marker["n_ok"] for marker in found.states["caption"].markers.values())
-        metrics.append(("caption: tokens per image", f"{captions.pop('tokens') / max(1, images):.1f}"))
-    metrics += [(f"caption: {name.replace('_', ': ')}", f"{count:,}") for name, count in captions.items()]
-    for marker in found.states["pretrain"].markers.values() if "pretrain" in found.states else ():
-        metrics += [(f"pretrain: {name.replace('_', ' ')}", f"{value:,.4g}") for name, value in marker["info"].items()]
-    prototypes = _total(found, "prototypes")
-    if prototypes:
-        metrics.append(("prototypes: clusters without a text", f"{prototypes['fallbacks']:,}"))
+    if captions := _total(found, "caption"):
+        described = sum(marker["n_ok"] for marker in found.states["caption"].markers.values())
+        metrics.append(("tokens per description", f"{captions.pop('tokens', 0) / max(1, described):.1f}"))
+        ends = {name.removeprefix("finished_"): count for name, count in captions.items()}
+        metrics.append(("descriptions by end", ", ".join(f"{count:,} {end}" for end, count in ends.items())))
+    if prototypes := _total(found, "prototypes"):
+        metrics.append(("clusters without a text", f"{prototypes['fallbacks']:,}"))
+    made = _total(found, "pretrain") if "pretrain" in found.states else {}
+    for name, value in made.items():
+        metrics.append((PRETRAIN[name], f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
     return metrics
 
 

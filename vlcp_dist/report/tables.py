@@ -1,7 +1,6 @@
 """Numbers and sentences of the page, made from the records of the trainings alone."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import mean, median_low
 from typing import Any
@@ -97,7 +96,7 @@ def protocol_text(records: Sequence[Record]) -> str:
             ipcs = values.setdefault(_plain(record["protocol"][name]), [])
             if str(record["ipc"]) not in ipcs:
                 ipcs.append(str(record["ipc"]))
-        if name == "net" or list(values) == ["None"]:
+        if name in ("net", "name") or list(values) == ["None"]:
             continue
         label = name.replace("_", " ")
         if len(values) == 1:
@@ -105,13 +104,13 @@ def protocol_text(records: Sequence[Record]) -> str:
         else:
             by_ipc = "; ".join(f"{value} at {_ipc_names(ipcs)}" for value, ipcs in values.items())
             parts.append(f"{label} {by_ipc}")
-    return ", ".join(parts)
+    return f"{_listed(sorted({record['protocol']['name'] for record in records}))}: {', '.join(parts)}"
 
 
 def text_effect(summaries: Sequence[Summary]) -> dict[str, Any] | None:
     """DCS minus every other strategy, from the same prototypes and noise: top-1 points, best epoch, one net.
 
-    A difference is `clear` when it is more than twice its standard error over the seeds.
+    A difference is `beyond_noise` when it is more than twice its standard error over the seeds.
     """
     places = {(row["method"], row["ipc"]): row for row in summaries}
     rows = []
@@ -156,16 +155,18 @@ def recognised(records: Iterable[Record]) -> dict[str, Any] | None:
 
 def per_class(records: Sequence[Record], ipc: int, limit: int) -> dict[str, Any]:
     """Accuracy of each class after the last epoch, mean over seeds, of the trainings at an IPC and on all data."""
-    rows = []
+    accuracies = {}
     for method in methods_of(records):
         lists = [r["per_class"] for r in records if r["method"] == method and r["ipc"] in (ipc, "full")]
         if lists:
             shown = list(zip(*lists, strict=True))[:limit]
-            rows.append({"method": method, "values": [None if None in v else mean(v) for v in shown]})
-    known = [value for row in rows for value in row["values"] if value is not None]
+            accuracies[method] = [None if None in seeds else mean(seeds) for seeds in shown]
+    known = [value for values in accuracies.values() for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
-    for row in rows:
-        row["cells"] = [_shade(value, low, high) for value in row["values"]]
+    rows = [
+        {"method": method, "cells": [_shade(value, low, high) for value in values]}
+        for method, values in accuracies.items()
+    ]
     return {"ipc": ipc, "rows": rows, "low": low, "high": high}
 
 
@@ -190,38 +191,39 @@ def _ranks(summaries: Iterable[Summary], ipc: int, name: str) -> dict[str, int]:
 def _difference(a: Summary, b: Summary) -> dict[str, Any]:
     points = a["best_mean"] - b["best_mean"]
     if min(a["seeds"], b["seeds"]) < 2:
-        return {"points": points, "error": None, "clear": False}
+        return {"points": points, "error": None, "beyond_noise": False}
     error = math.sqrt(a["best_std"] ** 2 / a["seeds"] + b["best_std"] ** 2 / b["seeds"])
-    return {"points": points, "error": error, "clear": abs(points) > 2 * error}
+    return {"points": points, "error": error, "beyond_noise": abs(points) > 2 * error}
 
 
 def _prompt_sentence(rows: Sequence[dict[str, Any]]) -> str:
-    names = {"L": "the class name alone (L)", "L+FK": "class name and keywords (L+FK)", "GGS": "a sentence (GGS)"}
-    parts = [f"{signed(row['mean'])} points against {names[row['other']]}{_clear(row)}" for row in rows]
-    return f"On average over the IPCs, top-1 with text prototypes (DCS) differs by {_listed(parts)}."
+    names = {"L": "the class name alone", "L+FK": "class name and keywords", "GGS": "a sentence of the keywords"}
+    parts = [
+        f"{signed(row['mean'])} points against {names[row['other']]} ({row['other']}{_clear(row)})" for row in rows
+    ]
+    return f"Averaged over the IPCs, the text prototypes (DCS) change top-1 by {_listed(parts)}."
 
 
 def _shuffled_sentence(row: dict[str, Any]) -> str:
     cells = list(row["cells"].values())
-    if all(cell["clear"] and cell["points"] > 0 for cell in cells):
-        meaning = "so the text steers what the images show"
-    elif any(cell["clear"] and cell["points"] > 0 for cell in cells):
-        meaning = "so the text steers what the images show, though not clearly at every IPC"
+    losses = [cell["beyond_noise"] and cell["points"] > 0 for cell in cells]
+    if all(losses):
+        meaning = "the images carry what the text says"
+    elif any(losses):
+        meaning = f"the images carry what the text says, clearly at {sum(losses)} of {len(losses)} IPCs"
     elif all(cell["error"] is None for cell in cells):
-        meaning = "from one seed, so its spread is not known"
+        meaning = "from one seed, so how much of it is chance is not known"
     else:
-        meaning = "no clear loss, so the text hardly matters to what the classifiers learn"
-    return (
-        f"With the same texts shuffled between classes (DCS-shuffled) top-1 changes by {signed(-row['mean'])} points "
-        f"on average: {meaning}."
-    )
+        meaning = "at no IPC a clear loss, so no sign that the text changes what classifiers learn"
+    change = signed(-row["mean"])
+    return f"Shuffling the same texts between classes (DCS-shuffled) changes it by {change} points: {meaning}."
 
 
 def _clear(row: dict[str, Any]) -> str:
-    counts = Counter(cell["clear"] for cell in row["cells"].values())
-    if all(cell["error"] is None for cell in row["cells"].values()):
+    cells = list(row["cells"].values())
+    if all(cell["error"] is None for cell in cells):
         return ""
-    return f" (beyond seed noise at {counts[True]} of {counts.total()} IPCs)"
+    return f"; clear at {sum(cell['beyond_noise'] for cell in cells)} of {len(cells)} IPCs"
 
 
 def signed(points: float) -> str:
