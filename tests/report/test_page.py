@@ -273,8 +273,8 @@ def test_text_effect_tells_clear_differences_from_noise():
     assert effect["sentences"] == [
         "Averaged over the IPCs, the text prototypes (DCS) change top-1 by +1.0 points against the class name alone "
         "(L; clear at 0 of 2 IPCs).",
-        "Shuffling the same texts between classes (DCS-shuffled) changes it by −20.0 points: the images carry what the "
-        "text says, clearly at 1 of 2 IPCs.",
+        "Shuffling the same texts between classes (DCS-shuffled) changes it by −20.0 points: what the images show "
+        "follows the text, clearly at 1 of 2 IPCs.",
     ]
     assert tables.text_effect([summary("DCS", 1, 80, 1)]) is None
 
@@ -287,14 +287,17 @@ def test_protocol_text_tells_what_depends_on_the_ipc():
     assert tables.protocol_text(records) == "hard-label: epochs 150 at IPC 1, 5; 12 at full data, lr 0.01"
 
 
-def test_recognised_is_left_out_or_shown(finished):
-    assert tables.recognised([{"method": "full"}]) is None
-    found = tables.recognised(
-        [
-            {"recognised": {"DCS/ipc=10": 90.0, "DCS/ipc=1": 100.0}},
-            {"recognised": {"L/ipc=1": 50.0, "DCS/ipc=10": 80.0}},
-        ]
-    )
-    assert found["ipcs"] == [1, 10]
-    assert found["rows"] == [{"strategy": "L", "cells": [50.0, None]}, {"strategy": "DCS", "cells": [100.0, 85.0]}]
-    assert "Recognised" not in finished[2].sections["accuracy"]
+def test_recognised_is_left_out_or_shown(finished, monkeypatch):
+    cfg, states, page = finished
+    assert "Recognised" not in page.sections["accuracy"] and tables.recognised([{"method": "full"}]) is None
+    records = report.results(states)
+    full = [record for record in records if record["method"] == "full"]
+    full[0]["recognised"] = {"DCS/ipc=3": 90.0, "DCS/ipc=1": 100.0}
+    full[1]["recognised"] = {"L/ipc=1": 50.0, "DCS/ipc=3": 80.0}
+    monkeypatch.setattr("vlcp_dist.report.page.results", lambda states: records)
+    shown = Page(report.write(cfg, states))
+    assert shown.tables["recognised distilled images"] == [
+        ["strategy", "IPC 1", "IPC 3"],
+        ["L", "50.0", "–"],
+        ["DCS", "100.0", "85.0"],
+    ]

@@ -139,7 +139,7 @@ def strategy_rows(material: Material, ipc: int) -> dict[str, Any] | None:
         }
         for strategy in strategies
     ]
-    return {"classes": [info.name for info in tables], "rows": rows}
+    return {"classes": [short_name(info) for info in tables], "rows": rows}
 
 
 def text_prototypes(material: Material) -> dict[str, Any] | None:
@@ -182,8 +182,15 @@ def outliers(material: Material) -> dict[str, Any] | None:
                 {**outlier, "uri": _uri(material, material.real(info.id, outlier["key"]))}
                 for outlier in ordered[:SHOWN_OUTLIERS]
             ]
-            classes.append({"name": info.name, "removed": len(ordered), "images": table["images"], "outliers": images})
+            classes.append(
+                {"name": short_name(info), "removed": len(ordered), "images": table["images"], "outliers": images}
+            )
     return {"classes": classes, "note": not_shown(material, "prototypes", f"ipc={ipcs[0]}/")}
+
+
+def short_name(info: ClassInfo) -> str:
+    """The first of a class's names, for the heads of tables: ImageNet's are lists of synonyms."""
+    return info.name.split(",")[0]
 
 
 def is_tiny(material: Material) -> bool:

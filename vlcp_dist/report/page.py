@@ -62,16 +62,16 @@ def _render(context: dict[str, Any]) -> str:
 def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
     found = Material(cfg, states)
     summaries = summarize(records)
-    strategy = cfg.synthesize.strategies[0]
+    nets = [net for net in cfg.evaluate.nets if _of_net(records, net)]
     stage_rows = [_stage_row(state) for state in states]
     failed = failures(states)
     grid = material.distilled_grid(found) if found.indexed else None
     return {
         "title": _source(cfg),
         "facts": _facts(cfg, found, states),
-        "headline": tables.headline(summaries, strategy),
+        "headline": tables.headline(_of_net(summaries, nets[0]), cfg.synthesize.strategies[0]) if nets else None,
         "unfinished": [row for row in stage_rows if row["units"] is None or row["done"] < row["units"]],
-        "nets": [_net(net, summaries, records) for net in cfg.evaluate.nets if _of_net(records, net)],
+        "nets": [_net(net, summaries, records) for net in nets],
         "split": cfg.evaluate.split,
         "recognised": tables.recognised(records),
         "grid": grid,
@@ -81,7 +81,7 @@ def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any
         "outliers": material.outliers(found) if found.indexed else None,
         "tiny": material.is_tiny(found),
         "loss": _loss(found),
-        "class_names": [info.name for info in found.shown] if found.indexed else [],
+        "class_names": [material.short_name(info) for info in found.shown] if found.indexed else [],
         "hidden_classes": len(found.classes) - len(found.shown) if found.indexed else 0,
         "stages": stage_rows,
         "failures": failed[:SHOWN_FAILURES],
@@ -111,7 +111,7 @@ def _facts(cfg: Config, found: Material, states: list[StageStatus]) -> list[tupl
         facts.append(("real images", ", ".join(f"{size:,} {name}" for name, size in sizes.items())))
         distilled = [(ipc, ipc * len(found.classes)) for ipc in sorted(cfg.ipc)]
         train = sizes.get("train", 0)
-        shares = [f"{n:,} ({100 * n / train:.3g} %)" for _, n in distilled] if train else []
+        shares = [f"{n:,} ({100 * n / train:.1f} %)" for _, n in distilled] if train else []
         facts.append(("images per class (IPC)", ", ".join(str(ipc) for ipc, _ in distilled)))
         facts.append(("distilled images", ", ".join(shares)))
     facts.append(("captioner", cfg.caption.model if cfg.caption.captioner == "llava" else cfg.caption.captioner))

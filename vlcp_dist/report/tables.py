@@ -29,17 +29,16 @@ def spread(average: float, deviation: float, seeds: int) -> str:
 
 
 def headline(summaries: Sequence[Summary], strategy: str) -> str | None:
-    """The result at the smallest IPC in a sentence: the strategy, random real images, all real images."""
+    """One net's result at the smallest IPC in a sentence: the strategy, random real images, all real images."""
     distilled = [row for row in summaries if row["method"] == strategy]
     if not distilled:
         return None
     first = min(distilled, key=lambda row: row["ipc"])
-    same_net = [row for row in summaries if row["net"] == first["net"]]
     parts = [f"{strategy} {_percent(first)}"]
     parts += [
         f"{name} {_percent(row)}"
         for method, name in (("random", "random real images"), ("full", "full data"))
-        for row in same_net
+        for row in summaries
         if row["method"] == method and row["ipc"] in (first["ipc"], "full")
     ]
     return f"At {first['ipc']} image{'s' * (first['ipc'] > 1)} per class: {', '.join(parts)}."
@@ -122,7 +121,7 @@ def text_effect(summaries: Sequence[Summary]) -> dict[str, Any] | None:
         }
         if cells:
             average = mean(cell["points"] for cell in cells.values())
-            rows.append({"other": other, "about": ABOUT[other], "cells": cells, "mean": average})
+            rows.append({"other": other, "cells": cells, "mean": average})
     if not rows:
         return None
     prompts = [row for row in rows if row["other"] != "DCS-shuffled"]
@@ -208,9 +207,9 @@ def _shuffled_sentence(row: dict[str, Any]) -> str:
     cells = list(row["cells"].values())
     losses = [cell["beyond_noise"] and cell["points"] > 0 for cell in cells]
     if all(losses):
-        meaning = "the images carry what the text says"
+        meaning = "what the images show follows the text"
     elif any(losses):
-        meaning = f"the images carry what the text says, clearly at {sum(losses)} of {len(losses)} IPCs"
+        meaning = f"what the images show follows the text, clearly at {sum(losses)} of {len(losses)} IPCs"
     elif all(cell["error"] is None for cell in cells):
         meaning = "from one seed, so how much of it is chance is not known"
     else:
