@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import pkgutil
 import types
 import typing
 from pathlib import Path
@@ -130,6 +131,10 @@ class Synthesize(Section):
     num_inference_steps: int = Field(50, ge=1)
     scheduler: Literal["pndm", "ddim"] = "pndm"
     negative_prompt: str = "cartoon, anime, painting"
+    sentence_writer: str = Field(
+        "vlcp_dist.ops.text:template_sentence",
+        description="for GGS: module:function that makes a prompt of (class name, keywords)",
+    )
     image_size: int = Field(256, ge=8)
     batch_size: int = _knob(32, ge=1)
     prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
@@ -210,6 +215,13 @@ class Config(Section):
                 f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
                 f"finetune.workers {self.finetune.workers}"
             )
+        try:
+            pkgutil.resolve_name(self.synthesize.sentence_writer)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"synthesize.sentence_writer = {self.synthesize.sentence_writer!r} cannot be imported ({error}); "
+                f"name a function as module:function"
+            ) from error
         return self
 
 

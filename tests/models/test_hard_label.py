@@ -28,7 +28,7 @@ def run(protocol: Protocol = SMALL, *, seed: int = 0, **changes):
     test_images, test_labels = stripes(40, 1)
     data = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     others = {"num_classes": 4, "ipc": 6, "protocol": protocol, "seed": seed, "device": "cpu"}
-    return hard_label.train(**{**data, **others, **changes})
+    return hard_label.train(**{**data, **others, **changes})[0]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ class RayEngine:
             capacity = min(capacity, int(room.get("GPU", 0) / self._gpus))
         limit = max(1, min(self._max_workers or capacity, capacity, tasks))
         while len(self._slots) < limit:
-            actor = _Actor.options(num_cpus=self._slot_cpus, num_gpus=self._gpus).remote()
+            actor: Any = _Actor.options(num_cpus=self._slot_cpus, num_gpus=self._gpus).remote()
             self._slots.append(_Slot(actor, ready=actor.__ray_ready__.remote()))
 
     def _dispatch(self, job: Any, pending: deque[_Task]) -> None:

@@ -107,7 +107,7 @@ def train(
     seed: int,
     device: str | torch.device,
     on_progress: Callable[[int, int, float], None] | None = None,
-) -> Result:
+) -> tuple[Result, nn.Module]:
     """Train on `images` uint8 (n, 3, h, w) with `labels` int64 (n,), following the top-1 on the test split.
 
     Images of another size than the protocol's are resized and centre-cropped. `ipc` only chooses the published
@@ -151,7 +151,7 @@ def train(
                 on_progress(epoch, protocol.epochs, top1)
 
     best = max(curve, key=lambda point: point["top1"])
-    return Result(
+    result = Result(
         top1_best=best["top1"],
         top1_last=curve[-1]["top1"],
         best_epoch=int(best["epoch"]),
@@ -162,6 +162,13 @@ def train(
         seconds=time.perf_counter() - started,
         protocol=protocol,
     )
+    return result, net
+
+
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor, *, image_size: int, device: str | torch.device) -> float:
+    """Percent of `images` uint8 (n, 3, h, w) whose largest logit is at their label, under the test transform."""
+    correct = _correct(net.to(device), _place(images, image_size, device), labels.to(device), "float32")
+    return 100 * correct.double().mean().item()
 
 
 def _epochs(

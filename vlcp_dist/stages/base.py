@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlcp_dist.config import Config, fingerprint
 from vlcp_dist.data import shards
@@ -54,7 +54,7 @@ class Run:
             key: parts["txt"].decode() for name in shard_names for key, parts in shards.read(folder / f"{name}.tar")
         }
 
-    def images(self, rows: Iterable[Row], size: int, *, crop: str) -> tuple[list[Row], list[Any], list[Failure]]:
+    def images(self, rows: Iterable[Row], size: int, *, crop: Literal["squash", "center"]) -> tuple[list[Row], list[Any], list[Failure]]:
         """Real images as uint8 arrays (3, size, size), those rows that could be read, and the others with a reason."""
         good, arrays, failed = [], [], []
         for row in rows:

@@ -1,18 +1,21 @@
-"""evaluate and baselines: train classifiers on distilled or on chosen real images, test them on real ones (METHOD 8)."""
+"""evaluate and baselines: train classifiers on distilled or on chosen real images, test them on real ones."""
 
 import hashlib
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save
 
 from vlcp_dist.config import REAL_METHODS, Config, content
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
-from vlcp_dist.models.hard_label import Protocol, train
+from vlcp_dist.models import classifiers
+from vlcp_dist.models.hard_label import Protocol, accuracy, train
 from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
 from vlcp_dist.stages.base import Run, Stage, class_shards, device
 from vlcp_dist.stages.synthesize import image_path
@@ -45,13 +48,17 @@ def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
     cfg = run.cfg.evaluate
     return [
         Unit(
-            f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/seed={seed}",
+            _name(method, ipc, net, seed),
             size=images,
             payload={"method": method, "ipc": ipc, "net": net, "seed": seed},
         )
         for net in cfg.nets
         for seed in cfg.seeds
     ]
+
+
+def _name(method: str, ipc: int, net: str, seed: int) -> str:
+    return f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/seed={seed}"
 
 
 class Worker:
@@ -66,14 +73,17 @@ class Worker:
         self._test, self._test_labels, self._failed = self._load(rows)
 
     def process(self, unit: Unit) -> Outcome:
-        """`<method>/ipc=<ipc>/<net>/seed=<seed>.json`: the whole protocol, best and last top-1, the curve."""
+        """`<method>/ipc=<ipc>/<net>/seed=<seed>.json`: the whole protocol, best and last top-1, the curve.
+
+        The net trained on all real images is kept beside its record: it says how many distilled ones it recognises.
+        """
         method, ipc, net, seed = (unit.payload[name] for name in ("method", "ipc", "net", "seed"))
         if method in REAL_METHODS:
             images, labels, failed = self._load(self._choose(method, ipc, seed))
         else:
             images, labels, failed = *self._distilled(method, ipc), []
         classes = self._run.index.classes
-        result = train(
+        result, trained = train(
             images,
             labels,
             self._test,
@@ -95,10 +105,29 @@ class Worker:
             **asdict(result),
         }
         seconds = record.pop("seconds")
-        files = {f"{unit.name}.json": (json.dumps(record, indent=1) + "\n").encode()}
-        return Outcome(
-            files, len(images) + len(failed) + len(self._failed), failed + self._failed, {"seconds": seconds}
+        files: dict[str, bytes | Path] = {}
+        if method == "full":
+            files[f"{unit.name}.safetensors"] = save(trained.cpu().state_dict())
+        elif method not in REAL_METHODS and "full" in self._run.cfg.evaluate.baselines:
+            record["recognised"] = accuracy(
+                self._trained_on_all(net, seed),
+                images,
+                labels,
+                image_size=self._run.cfg.evaluate.image_size,
+                device=device(),
+            )
+        files[f"{unit.name}.json"] = (json.dumps(record, indent=1) + "\n").encode()
+        failed += self._failed
+        return Outcome(files, len(images) + len(failed), failed, {"seconds": seconds})
+
+    def _trained_on_all(self, net: str, seed: int) -> torch.nn.Module:
+        cfg = self._run.cfg.evaluate
+        model = classifiers.build(
+            net, num_classes=len(self._run.index.classes), image_size=cfg.image_size, width=cfg.width, seed=seed
         )
+        weights = self._run.folders["baselines"].path / _name("full", FULL, net, seed)
+        model.load_state_dict(load_file(f"{weights}.safetensors"))
+        return model
 
     def _protocol(self, net: str, ipc: int) -> Protocol:
         cfg = self._run.cfg.evaluate
@@ -155,17 +184,29 @@ class Worker:
         )
         if needed > 0.8 * present:
             raise ValueError(
-                f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, {present / 2**30:.1f} GiB are "
-                f"free; use a smaller evaluate.image_size, fewer workers, or leave `full` out of evaluate.baselines"
+                f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
+                f"{present / 2**30:.1f} GiB are free; use a smaller evaluate.image_size, fewer workers, or leave `full` out of evaluate.baselines"
             )
         good, arrays, failed = self._run.images(rows, size, crop="center")
         labels = torch.tensor([self._run.index.labels[row.class_id] for row in good])
         return torch.from_numpy(np.stack(arrays)), labels, failed
 
 
-def _content(cfg: Config) -> object:
-    return content(cfg.evaluate)
+def _evaluate_content(cfg: Config) -> object:
+    return [content(cfg.evaluate), "full" in cfg.evaluate.baselines]
 
 
-BASELINES = Stage("baselines", upstream=("index", "encode"), content=_content, units=baseline_units, worker=Worker)
-EVALUATE = Stage("evaluate", upstream=("index", "synthesize"), content=_content, units=distilled_units, worker=Worker)
+BASELINES = Stage(
+    "baselines",
+    upstream=("index", "encode"),
+    content=lambda cfg: content(cfg.evaluate),
+    units=baseline_units,
+    worker=Worker,
+)
+EVALUATE = Stage(
+    "evaluate",
+    upstream=("index", "synthesize", "baselines"),
+    content=_evaluate_content,
+    units=distilled_units,
+    worker=Worker,
+)

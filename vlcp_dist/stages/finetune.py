@@ -1,4 +1,4 @@
-"""finetune: trains the U-Net on (latent, description) with the noise-prediction loss (Eq. 1), under Ray Train or alone."""
+"""finetune: trains the U-Net on (latent, description) with the noise-prediction loss (Eq. 1)."""
 
 import json
 import math
@@ -115,7 +115,13 @@ class Worker:
         files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in sorted((folder / "unet").iterdir())}
         files["training.json"] = (json.dumps(trainer.history()) + "\n").encode()
         n_in = len(rows) + len(failed)
-        return Outcome(files, n_in, failed, {"steps": steps, "workers": trainer.world, "resumed_at_step": resumed_at}, obsolete=[CHECKPOINT])
+        return Outcome(
+            files,
+            n_in,
+            failed,
+            {"steps": steps, "workers": trainer.world, "resumed_at_step": resumed_at},
+            obsolete=[CHECKPOINT],
+        )
 
 
 class Trainer:
@@ -135,8 +141,8 @@ class Trainer:
         pipe: Any = load_pipeline(model, revision=revision, device=device)
         if pipe.scheduler.config.prediction_type != "epsilon":
             raise ValueError(
-                f"{model} predicts {pipe.scheduler.config.prediction_type}; Eq. 1 needs a model that predicts the noise "
-                f"(prediction_type epsilon), such as Stable Diffusion v1-5"
+                f"{model} predicts {pipe.scheduler.config.prediction_type}; Eq. 1 needs a model that predicts "
+                f"the noise (prediction_type epsilon), such as Stable Diffusion v1-5"
             )
         self._tokenizer, self._scheduler, unet = pipe.tokenizer, pipe.scheduler, pipe.unet
         self._text_encoder = pipe.text_encoder.to(getattr(torch, precision)).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""prototypes: per class and IPC, image prototypes (K-means centres of the inliers) and text prototypes (Algorithm 2)."""
+"""prototypes: per class and IPC, image prototypes (centres of the inliers) and text prototypes (Algorithm 2)."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -3,7 +3,8 @@
 import io
 import json
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from vlcp_dist.config import content
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.models.diffusion import image_seed, load_pipeline, synthesize
-from vlcp_dist.ops.text import prompt_for, template_sentence
+from vlcp_dist.ops.text import PromptStrategy, prompt_for
 from vlcp_dist.stages.base import Run, Stage, device, dtype
 
 
@@ -55,6 +56,7 @@ class Prototype:
 class Worker:
     def __init__(self, run: Run):
         self._run = run
+        self._sentence_writer = resolve_name(run.cfg.synthesize.sentence_writer)
         self._pipe = load_pipeline(
             run.diffusion_model,
             unet=str(run.folders["finetune"].path / "unet"),
@@ -104,11 +106,11 @@ class Worker:
                 c,
                 centers[c],
                 prompt_for(
-                    strategy.removesuffix("-shuffled"),
+                    cast(PromptStrategy, strategy.removesuffix("-shuffled")),
                     class_name=table["class_name"],
                     description=cluster["description"],
                     keywords=[word for word, _ in cluster["keywords"]],
-                    sentence_writer=template_sentence,
+                    sentence_writer=self._sentence_writer,
                 ),
                 text_class,
                 cluster["key"],
