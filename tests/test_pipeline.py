@@ -69,6 +69,30 @@ def test_ray_gives_the_bytes_of_the_serial_engine(reference, tmp_path, workers):
     assert artefacts(tmp_path / "run") == artefacts(reference)
 
 
+def test_models_from_folders_take_the_place_of_what_the_demo_makes(reference, tmp_path):
+    """LLaVA and Stable Diffusion as a user has them: here tiny ones of the same architectures, loaded the same way."""
+    from vlcp_dist.models.tiny_llava import build_tiny_llava
+
+    build_tiny_llava(tmp_path / "llava")
+    root, model = tmp_path / "run", next(reference.glob("pretrain-*/model"))
+    overrides = ["caption.captioner=llava", f"caption.model={tmp_path / 'llava'}", "caption.max_new_tokens=12"]
+    overrides += ["pretrain=null", f"diffusion.model={model}", "max_failed_samples=120"]
+    cfg = config.load(MICRO, [f"root={root}", "engine.kind=serial", "ipc=[1]", "evaluate.baselines=[]", *overrides])
+    states = pipeline.run(cfg, Progress())
+    assert [state.stage.name for state in states] == [s for s in STAGES if s != "pretrain"]
+    latents = {name.split("/")[1]: digest for name, digest in artefacts(reference).items() if name.startswith("encode")}
+    assert {name.split("/")[1]: d for name, d in artefacts(root).items() if name.startswith("encode")} == latents
+    assert len(list(root.glob("synthesize-*/DCS/ipc=1/*/0000.png"))) == 10
+
+
+def test_missing_weights_are_one_clear_error(tmp_path):
+    overrides = ["pretrain=null", f"diffusion.model={tmp_path / 'absent'}", "engine.kind=serial"]
+    result = vlcp("run", "-c", str(MICRO), f"root={tmp_path / 'run'}", *overrides, check=False)
+    assert result.returncode == 1
+    assert str(tmp_path / "absent") in result.stderr and "hf download" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_two_training_workers_learn_what_one_does(reference, tmp_path):
     """Same order, noise and global batch on two processes: the same losses, but for the order of sums."""
     cfg = config.load(MICRO, [f"root={tmp_path / 'run'}", "finetune.workers=2"])
