@@ -40,7 +40,11 @@ def run(
     from vlcp_dist import pipeline, report
     from vlcp_dist.engine.progress import Progress
 
-    states = pipeline.run(cfg, Progress(interval=progress_interval))
+    try:
+        states = pipeline.run(cfg, Progress(interval=progress_interval))
+    except KeyboardInterrupt:
+        print("interrupted; what is done stays done: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     page = report.write(cfg, states)
     _print_results(report.results(states))
     print(f"report: {page}")

@@ -41,6 +41,7 @@ class Progress:
             self._print(f"{stage}: {self._units} of {self._units} units were done before")
             return
         if self._live:
+            self._live.update(self._bar())
             self._live.start()
         self._stop.clear()
         self._thread = threading.Thread(target=self._watch, daemon=True)
