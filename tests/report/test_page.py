@@ -287,17 +287,16 @@ def test_protocol_text_tells_what_depends_on_the_ipc():
     assert tables.protocol_text(records) == "hard-label: epochs 150 at IPC 1, 5; 12 at full data, lr 0.01"
 
 
-def test_recognised_is_left_out_or_shown(finished, monkeypatch):
-    cfg, states, page = finished
-    assert "Recognised" not in page.sections["accuracy"] and tables.recognised([{"method": "full"}]) is None
-    records = report.results(states)
-    full = [record for record in records if record["method"] == "full"]
-    full[0]["recognised"] = {"DCS/ipc=3": 90.0, "DCS/ipc=1": 100.0}
-    full[1]["recognised"] = {"L/ipc=1": 50.0, "DCS/ipc=3": 80.0}
-    monkeypatch.setattr("vlcp_dist.report.page.results", lambda states: records)
-    shown = Page(report.write(cfg, states))
-    assert shown.tables["recognised distilled images"] == [
-        ["strategy", "IPC 1", "IPC 3"],
-        ["L", "50.0", "–"],
-        ["DCS", "100.0", "85.0"],
-    ]
+def test_recognised_is_the_mean_over_seeds_and_left_out_when_absent(finished):
+    _, states, page = finished
+    records = records_on_disk(states)
+    shares = {}
+    for record in records:
+        if record["method"] == "DCS-shuffled":
+            shares.setdefault(record["ipc"], []).append(record["recognised"])
+    head, *rows = page.tables["recognised distilled images, convnet3"]
+    assert head == ["strategy", "IPC 1", "IPC 3"] and [row[0] for row in rows] == ["L", "DCS", "DCS-shuffled"]
+    assert rows[-1][1:] == [f"{mean(shares[ipc]):.1f}" for ipc in (1, 3)]
+    for record in records:
+        record.pop("recognised", None)
+    assert tables.recognised(records) is None

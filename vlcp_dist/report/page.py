@@ -73,7 +73,6 @@ def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any
         "unfinished": [row for row in stage_rows if row["units"] is None or row["done"] < row["units"]],
         "nets": [_net(net, summaries, records) for net in nets],
         "split": cfg.evaluate.split,
-        "recognised": tables.recognised(records),
         "grid": grid,
         "strategies": material.strategy_rows(found, grid["ipc"]) if grid else None,
         "texts": material.text_prototypes(found) if found.indexed else None,
@@ -139,6 +138,7 @@ def _net(net: str, summaries: list[dict[str, Any]], records: list[dict[str, Any]
         "legend": figures.legend(tables.methods_of(summaries)),
         "chart": figures.accuracy_by_ipc(summaries),
         "effect": tables.text_effect(summaries),
+        "recognised": tables.recognised(records),
         "curves": figures.training_curves(records),
         "per_class": [tables.per_class(records, ipc, material.SHOWN_CLASSES) for ipc in ipcs],
     }

@@ -19,6 +19,7 @@ def results(states: list[StageStatus]) -> list[dict[str, Any]]:
         if state.stage.name in ("baselines", "evaluate")
         for marker in state.markers.values()
         for name in marker["files"]
+        if name.endswith(".json")
     ]
     return sorted(records, key=_order)
 

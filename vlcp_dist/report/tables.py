@@ -132,19 +132,17 @@ def text_effect(summaries: Sequence[Summary]) -> dict[str, Any] | None:
 
 
 def recognised(records: Iterable[Record]) -> dict[str, Any] | None:
-    """Share of distilled images that nets trained on all real images give their own class, mean over these nets."""
+    """Share of distilled images that one net, trained on all real images, gives their own class; mean over seeds."""
     found: dict[tuple[str, int], list[float]] = {}
     for record in records:
-        for name, percent in (record.get("recognised") or {}).items():
-            strategy, _, ipc = name.rpartition("/ipc=")
-            found.setdefault((strategy, int(ipc)), []).append(percent)
+        if "recognised" in record:
+            found.setdefault((record["method"], record["ipc"]), []).append(record["recognised"])
     if not found:
         return None
     ipcs = sorted({ipc for _, ipc in found})
     strategies = [method for method in METHOD_ORDER if any(method == strategy for strategy, _ in found)]
     return {
         "ipcs": ipcs,
-        "nets": max(len(values) for values in found.values()),
         "rows": [
             {"strategy": s, "cells": [mean(found[s, ipc]) if (s, ipc) in found else None for ipc in ipcs]}
             for s in strategies
