@@ -16,7 +16,7 @@ from vlcp_dist.data import shards
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.errors import StageFailed
 
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def encoded(image: Image.Image, format: str = "PNG") -> bytes:

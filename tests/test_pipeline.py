@@ -159,9 +159,7 @@ def test_a_deleted_file_is_made_again_and_nothing_else(reference):
     assert {row["stage"]: row["done"] for row in json.loads(state.stdout)}["caption"] == 4
     vlcp("run", "-c", str(MICRO), f"root={reference}", "engine.kind=serial")
     after = markers(reference)
-    assert {name for name in after if after[name] != before[name]} == {
-        f"{victim.parent.name}/done/000002.json"
-    }
+    assert {name for name in after if after[name] != before[name]} == {f"{victim.parent.name}/done/000002.json"}
     assert artefacts(reference) == files
 
 

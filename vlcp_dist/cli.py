@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlcp_dist import config
-from vlcp_dist.errors import ConfigError, StageFailed
+from vlcp_dist.errors import ConfigError, InputError, StageFailed
 
 app = typer.Typer(
     help="Distil a large labelled image dataset into a tiny synthetic one.",
@@ -123,7 +123,7 @@ def main() -> None:
         app()
     except ConfigError as error:
         sys.exit(_complain(error, code=2))
-    except (StageFailed, ValueError, FileNotFoundError) as error:
+    except (InputError, StageFailed) as error:
         sys.exit(_complain(error, code=1))
 
 

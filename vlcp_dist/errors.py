@@ -1,7 +1,11 @@
 """The errors that a user can mend: they are shown as one message, without a traceback."""
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Data or settings that cannot be used as they are; the message names them and the way out."""
+
+
+class ConfigError(InputError):
     """A configuration that cannot be run; the message names the key, the value and the way out."""
 
 

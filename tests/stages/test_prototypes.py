@@ -25,7 +25,12 @@ def run(tmp_path_factory):
     """All training digits, encoded by an autoencoder that has learned something, and their prototypes."""
     cfg = config.load(
         MICRO,
-        [f"root={tmp_path_factory.mktemp('run')}", f"ipc=[{IPC}]", "data.limit_per_class=null", "pretrain.vae_steps=60"],
+        [
+            f"root={tmp_path_factory.mktemp('run')}",
+            f"ipc=[{IPC}]",
+            "data.limit_per_class=null",
+            "pretrain.vae_steps=60",
+        ],
     )
     plan = {stage.name: stage for stage in pipeline.stages(cfg)}
     run = base.make_run(cfg, list(plan.values()))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlcp_dist.errors import InputError
+
 # Where a listing is looked for beside the images; the first one found is used.
 LISTINGS = ("classes.txt", "LOC_synset_mapping.txt")
 
@@ -47,7 +49,7 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 _WNID = re.compile(r"n\d{8}")
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """The data cannot be used as it is. The message names the place and the way out."""
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vlcp_dist.data.classes import ClassInfo
 from vlcp_dist.data.sources import Sample
+from vlcp_dist.errors import InputError
 
 COLUMNS = ("key", "class_id", "split", "ref", "shard")
 
@@ -30,7 +31,7 @@ class Row:
     shard: str
 
 
-class SplitError(ValueError):
+class SplitError(InputError):
     """The data and the split asked for do not go together."""
 
 

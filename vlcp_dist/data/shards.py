@@ -11,9 +11,10 @@ import webdataset as wds
 
 from vlcp_dist.data.sources import SourceError
 from vlcp_dist.data.tars import members_of
+from vlcp_dist.errors import InputError
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """A tar that cannot be trusted; the message names it and says what to do."""
 
 

@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """News of a unit for the driver: `kind` is done, retry or failed; `message` says why, with a traceback if failed."""
+    """News of a unit for the driver: `kind` is done, retry or failed; `message` says why it is not done."""
 
     kind: str
     unit: Unit

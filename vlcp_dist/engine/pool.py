@@ -11,13 +11,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from rich.text import Text
 
 from vlcp_dist.engine.executor import Event, Executor, Job, Unit
+from vlcp_dist.errors import StageFailed
 
 IN_FLIGHT = 2  # the next unit waits in the actor's queue, so that an actor never idles between units
 DEATHS_TO_QUARANTINE = 3
 TICK = 1.0  # seconds between looks at timeouts when nothing finishes
 
 
-class EngineError(RuntimeError):
+class EngineError(StageFailed):
     """No unit can run; the message says what the cluster has and what was asked of it."""
 
 

@@ -54,7 +54,9 @@ class Run:
             key: parts["txt"].decode() for name in shard_names for key, parts in shards.read(folder / f"{name}.tar")
         }
 
-    def images(self, rows: Iterable[Row], size: int, *, crop: Literal["squash", "center"]) -> tuple[list[Row], list[Any], list[Failure]]:
+    def images(
+        self, rows: Iterable[Row], size: int, *, crop: Literal["squash", "center"]
+    ) -> tuple[list[Row], list[Any], list[Failure]]:
         """Real images as uint8 arrays (3, size, size), those rows that could be read, and the others with a reason."""
         good, arrays, failed = [], [], []
         for row in rows:

@@ -185,7 +185,8 @@ class Worker:
         if needed > 0.8 * present:
             raise ValueError(
                 f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
-                f"{present / 2**30:.1f} GiB are free; use a smaller evaluate.image_size, fewer workers, or leave `full` out of evaluate.baselines"
+                f"{present / 2**30:.1f} GiB are free; use a smaller evaluate.image_size, fewer workers, "
+                f"or leave `full` out of evaluate.baselines"
             )
         good, arrays, failed = self._run.images(rows, size, crop="center")
         labels = torch.tensor([self._run.index.labels[row.class_id] for row in good])

@@ -23,7 +23,7 @@ TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
 
 
 def units(run: Run) -> list[Unit]:
-    return [Unit("unet", size=len(list(run.index.split("train"))) * run.cfg.finetune.epochs)]
+    return [Unit("unet", size=len(list(run.index.split("train"))))]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from vlcp_dist.config import Config, content
 from vlcp_dist.data.index import Index, assign
 from vlcp_dist.data.manifest import Outcome, Unit
+from vlcp_dist.errors import InputError
 from vlcp_dist.stages.base import Run, Stage
 
 
@@ -32,19 +33,19 @@ def check_sizes(cfg: Config, index: Index) -> None:
     """Refuse, before anything is spent, a class that cannot give the prototypes asked for.
 
     Raises:
-        ValueError: a class with too few training images; the message names the class, the count and the way out.
+        InputError: a class with too few training images; the message names the class, the count and the way out.
     """
     largest = max(cfg.ipc)
     for info in index.classes:
         n = len(index.by_class.get(info.id, []))
         kept = n - int(n * cfg.prototypes.contamination)
         if n < 2 and cfg.prototypes.contamination > 0:
-            raise ValueError(
+            raise InputError(
                 f"class {info.id} ({info.name}) has {n} training image(s): outlier removal needs at least 2; "
                 f"add images, leave the class out of data.classes, or set prototypes.contamination=0"
             )
         if kept < largest:
-            raise ValueError(
+            raise InputError(
                 f"class {info.id} ({info.name}) has {n} training images, {kept} after outlier removal, "
                 f"fewer than ipc {largest}; ask for a smaller ipc or leave the class out of data.classes"
             )
