@@ -114,6 +114,12 @@ def test_tokenizer_merges_known_words_and_encodes_any_text(tmp_path):
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
 
 
+def test_tokenizer_breaks_ties_the_same_way_every_time():
+    _, texts = bars(48)
+    trained = {train_tokenizer(texts, vocab_size=1000).backend_tokenizer.to_str() for _ in range(30)}
+    assert len(trained) == 1
+
+
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [

@@ -155,15 +155,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> CLIPTokenizer:
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [byte + "</w>" for byte in alphabet]
+    # Ties between merges go to the lower id, and the trainer numbers unlisted endings in the order of a hash table.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=endings,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
 
     learned = json.loads(learner.to_str())["model"]
     by_rank = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     merges: Any = [tuple(pair) for pair in learned["merges"]]
-    tokens = dict.fromkeys([*alphabet, *(byte + "</w>" for byte in alphabet), *by_rank, BOS, EOS])
+    tokens = dict.fromkeys([*alphabet, *endings, *by_rank, BOS, EOS])
     return transformers.CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=merges,
