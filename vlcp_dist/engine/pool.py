@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from rich.text import Text
 
 from vlcp_dist.engine.executor import Event, Executor, Job, Unit
@@ -63,6 +63,7 @@ class RayEngine:
         self._start_timeout = start_timeout
         self._slots: list[_Slot] = []
         self._slot_cpus = 0
+        self._start_error = ""
 
     def run(self, job: Job, units: Iterable[Unit], on_event: Callable[[Event], None]) -> None:
         """Process all units; every one of them ends in exactly one `done` or `failed` event.
@@ -150,7 +151,15 @@ class RayEngine:
     def _bury(self, slot: _Slot, pending: deque[_Task], on_event: Callable[[Event], None], why: str) -> None:
         """Forget a dead actor. Only the unit it was working on is blamed; the one queued behind it is not."""
         self._slots.remove(slot)
-        suspect, *innocent = slot.tasks.values()
+        lost = []
+        for ref, task in slot.tasks.items():
+            try:
+                on_event(Event("done", task.unit, marker=ray.get(ref, timeout=0)))
+            except (RayError, GetTimeoutError):
+                lost.append(task)
+        if not lost:
+            return
+        suspect, *innocent = lost
         pending.extendleft(reversed(innocent))
         suspect.deaths += 1
         if suspect.deaths >= DEATHS_TO_QUARANTINE:
@@ -176,7 +185,8 @@ class RayEngine:
                 slot.ready = None
             except GetTimeoutError:
                 pass  # still starting
-            except RayActorError:
+            except RayActorError as error:
+                self._start_error = f"; the last one that tried died: {error}"
                 return False
         return True
 
@@ -185,7 +195,7 @@ class RayEngine:
         return (
             f"no worker could be started within engine.start_timeout={self._start_timeout} s: a worker needs "
             f"{self._slot_cpus} CPU and {self._gpus} GPU; the cluster has {has.get('CPU', 0):g} CPU and "
-            f"{has.get('GPU', 0):g} GPU, of which {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+            f"{has.get('GPU', 0):g} GPU, of which {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free{self._start_error}"
         )
 
 

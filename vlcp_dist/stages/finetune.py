@@ -17,6 +17,7 @@ from vlcp_dist.config import Finetune, content
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.engine.executor import Event, Executor, Job
+from vlcp_dist.errors import InputError
 from vlcp_dist.stages.base import Run, Stage, dtype
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -248,7 +249,14 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
     # It tells workers to checkpoint before a node goes; ours do so all along.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     cfg = run.cfg.finetune
-    gpu = ray.cluster_resources().get("GPU", 0) >= cfg.workers
+    has = ray.cluster_resources()
+    gpu = has.get("GPU", 0) > 0
+    needed = {"CPU": cfg.workers * cfg.num_threads, "GPU": cfg.workers if gpu else 0}
+    if any(has.get(name, 0) < count for name, count in needed.items()):
+        raise InputError(
+            f"finetune.workers={cfg.workers} with finetune.num_threads={cfg.num_threads} need {needed['CPU']} CPU and "
+            f"{needed['GPU']} GPU; the cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU"
+        )
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"job": job, "unit": unit},
