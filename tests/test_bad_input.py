@@ -76,6 +76,12 @@ def test_odd_images_are_used_and_broken_ones_listed(config_of, folder):
         run(cfg)
     assert all(Path(name).stem in str(caught.value) for name in broken)
 
+    # Once a file is mended the same command goes on from there.
+    (target / "cut.jpg").write_bytes(good)
+    with pytest.raises(StageFailed, match="3 samples failed, more than max_failed_samples=2"):
+        run(config_of("data.validation=0", "data.test=0.01", "data.limit_per_class=null", "max_failed_samples=2"))
+    (target / "cut.jpg").write_bytes(good[: len(good) // 2])
+
     cfg = config_of("data.validation=0", "data.test=0.2", "data.limit_per_class=null", "max_failed_samples=4")
     states = run(cfg)
     failed = {Path(f["source"]).name: f["reason"] for f in pipeline.failures(states)}
@@ -96,6 +102,7 @@ def test_odd_images_are_used_and_broken_ones_listed(config_of, folder):
     [
         (["data.path=/no/such/folder"], ["/no/such/folder"]),
         (["ipc=[1,40]"], ["digit_eight", "fewer than ipc 40", "smaller ipc"]),
+        (["ipc=[11]", "data.limit_per_class=12"], ["digit_eight", "10 after outlier removal", "fewer than ipc 11"]),
         (["data.test=null"], ["no test split", "data.test"]),
         (["data.classes=[digit_zero,digit_ten]"], ["digit_ten"]),
         (["data.source=digits"], ["path"]),
@@ -130,7 +137,7 @@ def test_a_source_with_its_own_test_split(config_of, folder):
     with pytest.raises((StageFailed, ValueError), match="test split of its own"):
         run(config_of())
     states = run(config_of("data.test=null", "synthesize.strategies=[DCS]", "ipc=[1]", "evaluate.baselines=[]"))
-    record = json.loads(next(Path(states[-1].folder).glob("DCS/ipc=1/convnet3/seed=0.json")).read_text())
+    record = json.loads(next(Path(states[-1].folder).glob("DCS/ipc=1/convnet3/epochs=2/seed=0.json")).read_text())
     assert record["test_images"] == 50
 
 

@@ -1,5 +1,6 @@
 """The whole configuration: one strict schema, loaded from YAML plus `key=value` overrides, and its fingerprints."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -19,6 +20,7 @@ PROMPT = (
     "Describe the physical appearance of the {class_name} in the image. "
     "Include details about its shape, posture, color, and any distinct features."
 )
+Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -52,7 +54,7 @@ class Caption(Section):
     """Describe every image (METHOD 1)."""
 
     captioner: Literal["llava", "measured"] = "llava"
-    model: str = "llava-hf/llava-1.5-7b-hf"
+    model: str = Field("llava-hf/llava-1.5-7b-hf", min_length=1)
     revision: str | None = None
     prompt: str = PROMPT
     max_new_tokens: int = Field(160, ge=1)
@@ -88,6 +90,7 @@ class Encode(Section):
 
     image_size: int = Field(512, ge=8, multiple_of=8)
     resize: Literal["squash", "center"] = "squash"
+    posterior: Literal["mean", "sample"] = "mean"
     batch_size: int = _knob(32, ge=1)
 
 
@@ -102,7 +105,8 @@ class Finetune(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained without text")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = _knob(True)
+    micro_batch_size: int = _knob(8, ge=1, description="samples of one worker that go through the U-Net at once")
     num_threads: int = Field(1, ge=1, description="CPU threads of one worker")
     workers: int = _knob(1, ge=1)
     checkpoint_every: int = _knob(500, ge=1, description="steps")
@@ -146,13 +150,15 @@ class Evaluate(Section):
     baselines: list[Literal["random", "k-center", "herding", "full"]] = Field(
         [], json_schema_extra={"fingerprint": False}
     )
-    nets: list[str] = Field(["resnetap10"], min_length=1, json_schema_extra={"fingerprint": False})
+    nets: list[Net] = Field(["resnetap10"], min_length=1, json_schema_extra={"fingerprint": False})
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False})
     split: Literal["validation", "test"] = "test"
     width: int | None = Field(None, ge=1, description="channels of a ConvNet, 128 when not given")
     image_size: int = Field(256, ge=8)
-    epochs: int | dict[int, int] | None = Field(
-        None, description="the published schedule by IPC when not given; {ipc: epochs}, 0 for the full data"
+    epochs: Annotated[int, Field(ge=1)] | dict[int, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="the published schedule by IPC when not given; {ipc: epochs}, 0 for the full data",
+        json_schema_extra={"fingerprint": False},  # each training is named by its own
     )
     batch_size: int | None = Field(None, ge=1)
     lr: float | None = Field(None, gt=0)
@@ -207,9 +213,34 @@ class Config(Section):
             )
         if self.pretrain and self.encode.image_size != 32:
             raise ValueError("encode.image_size must be 32 with a pretrain section: its model is made for 32 px")
-        for name, values in (("ipc", self.ipc), ("evaluate.seeds", self.evaluate.seeds)):
+        evaluate, synthesize = self.evaluate, self.synthesize
+        lists: dict[str, list[Any]] = {
+            "ipc": self.ipc,
+            "synthesize.strategies": list(synthesize.strategies),
+            "evaluate.seeds": evaluate.seeds,
+            "evaluate.nets": list(evaluate.nets),
+            "evaluate.baselines": list(evaluate.baselines),
+        }
+        for name, values in lists.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} holds a value twice: {values}")
+        if self.data.validation + (self.data.test or 0) >= 1:
+            raise ValueError("data.validation and data.test leave no training images: their sum must stay below 1")
+        if evaluate.split == "validation" and self.data.validation == 0:
+            raise ValueError("evaluate.split=validation needs data.validation above 0")
+        if int(synthesize.strength * synthesize.num_inference_steps) < 1:
+            raise ValueError(
+                f"synthesize.strength={synthesize.strength} of synthesize.num_inference_steps="
+                f"{synthesize.num_inference_steps} leaves no step to run; raise one of them"
+            )
+        for net in evaluate.nets:
+            if net.startswith("convnet") and evaluate.image_size < 2 ** int(net[-1]):
+                raise ValueError(f"evaluate.image_size={evaluate.image_size} is too small for {net}")
+        if isinstance(evaluate.epochs, dict):
+            wanted = [*self.ipc, *([0] if "full" in evaluate.baselines else [])]
+            missing = [ipc for ipc in wanted if ipc not in evaluate.epochs]
+            if missing:
+                raise ValueError(f"evaluate.epochs has no entry for {missing} (0 is the full data); add them")
         if self.finetune.batch_size % self.finetune.workers:
             raise ValueError(
                 f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
@@ -232,9 +263,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: the file is missing or is not YAML, or a key or value is not valid.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -244,7 +277,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply(tree, override)
     try:
-        return Config(**tree)
+        return Config.model_validate(_absolute(tree))
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error
 
@@ -267,6 +300,19 @@ def content(section: BaseModel | None) -> dict[str, Any] | None:
 def _in_fingerprint(field: FieldInfo) -> bool:
     extra = field.json_schema_extra
     return not (isinstance(extra, dict) and extra.get("fingerprint") is False)
+
+
+def _absolute(tree: dict[str, Any]) -> dict[str, Any]:
+    """Local paths made absolute: workers run in other folders, and the same data must have the same fingerprint."""
+    tree = copy.deepcopy(tree)
+    for section, key in (("data", "path"), ("data", "class_names"), ("caption", "model"), ("diffusion", "model")):
+        values = tree.get(section)
+        if not isinstance(values, dict):
+            continue  # the schema will say so
+        value = values.get(key)
+        if isinstance(value, str) and (key == "path" or Path(value).exists()) and "://" not in value:
+            values[key] = str(Path(value).absolute())
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -2,18 +2,18 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlcp_dist.config import Config
-from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Marker, Unit
 from vlcp_dist.engine.executor import Event
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.engine.serial import SerialEngine
-from vlcp_dist.errors import StageFailed
+from vlcp_dist.errors import InputError, StageFailed
 from vlcp_dist.stages import (
     base,
     caption,
@@ -104,15 +104,24 @@ def failures(statuses: list[StageStatus]) -> list[dict[str, str]]:
 def run(cfg: Config, progress: Progress) -> list[StageStatus]:
     """Do all that is not done yet.
 
+    Where more samples failed before than `max_failed_samples`, the units that hold them are done again: whoever
+    runs the same command again has mended something. What had been made from such a unit is set aside if it changed.
+
     Raises:
         StageFailed: a unit failed for good, or more samples failed than `max_failed_samples`; what is done stays done.
     """
     plan = stages(cfg)
     context = base.make_run(cfg, plan)
+    try:
+        Path(cfg.root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"root={cfg.root} cannot be written to: {error.strerror}; choose another") from error
+    retry_failed = len(failures([_stage_status(context, stage) for stage in plan])) > cfg.max_failed_samples
     states: list[StageStatus] = []
     with Engines(cfg) as engines:
         for stage in plan:
-            _run_stage(context, stage, engines, progress)
+            if _run_stage(context, stage, engines, progress, retry_failed):
+                _supersede_downstream(context, plan, stage)
             if stage.name == "index":
                 check_sizes(cfg, context.index)
             states.append(_stage_status(context, stage))
@@ -120,32 +129,53 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
     return states
 
 
-def _run_stage(context: base.Run, stage: base.Stage, engines: "Engines", progress: Progress) -> None:
+def _run_stage(
+    context: base.Run, stage: base.Stage, engines: "Engines", progress: Progress, retry_failed: bool
+) -> bool:
+    """Do what is left of a stage; True if that changed files that had been there before."""
     state = _stage_status(context, stage)
     folder = context.folders[stage.name]
-    progress.start(stage.name, state.units or [], state.markers, folder)
-    if not state.todo:
-        return
-    storage.remove_temporaries(folder.path)
-    folder.plan({"stage": stage.name, "upstream": _upstream(context, stage), "config": stage.content(context.cfg)})
+    again = {name: m for name, m in state.markers.items() if retry_failed and m["n_failed"]}
+    keep = {name: m for name, m in state.markers.items() if name not in again}
+    todo = [unit for unit in state.units or [] if unit.name not in keep]
+    progress.start(stage.name, state.units or [], keep, folder)
+    if not todo:
+        return False
+    folder.open()
     failed: list[Event] = []
 
     def on_event(event: Event) -> None:
         progress.update(event)
         if event.kind == "failed":
             failed.append(event)
-            _log_failure(folder.path / "failures.jsonl", event)
+            _log_failure(folder.failures, event)
 
     try:
-        engines.run(context, stage, state.todo, on_event)
+        engines.run(context, stage, todo, on_event)
     finally:
         progress.finish()
     if failed:
         raise StageFailed(
-            f"{stage.name}: {len(failed)} of {len(state.todo)} units failed; the first, {failed[0].unit.name}: "
-            f"{failed[0].message}\nAll are in {folder.path / 'failures.jsonl'}. What is done stays done: "
+            f"{stage.name}: {len(failed)} of {len(todo)} units failed; the first, {failed[0].unit.name}: "
+            f"{failed[0].message}\nAll are in {folder.failures}. What is done stays done: "
             f"mend the cause and run the same command again."
         )
+    after = _stage_status(context, stage)
+    if left := after.todo:
+        raise StageFailed(
+            f"{stage.name}: {len(left)} units were reported done, but {folder.path} does not hold them; the first is "
+            f"{left[0].name}. root={context.cfg.root} must be storage that every node shares."
+        )
+    return any(after.markers[name]["files"] != marker["files"] for name, marker in again.items())
+
+
+def _supersede_downstream(context: base.Run, plan: list[base.Stage], changed: base.Stage) -> None:
+    stale = {changed.name}
+    for stage in plan:
+        if stale & set(stage.upstream):
+            stale.add(stage.name)
+            if context.folders[stage.name].path.exists():
+                context.folders[stage.name].supersede()
 
 
 class Engines:
@@ -179,7 +209,9 @@ class Engines:
         from vlcp_dist.engine.pool import RayEngine
 
         if not ray.is_initialized():
-            ray.init(address=engine.address, logging_level=logging.WARNING)
+            # Without an address this machine alone is meant, not a cluster that happens to run on it.
+            address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address=address, logging_level=logging.WARNING)
             self._started_ray = True
         return RayEngine(
             workers=engine.workers,
@@ -206,10 +238,6 @@ def _stage_status(context: base.Run, stage: base.Stage) -> StageStatus:
     return StageStatus(stage, str(folder.path), units, folder.done(units or []))
 
 
-def _upstream(context: base.Run, stage: base.Stage) -> list[str]:
-    return [context.folders[name].path.name for name in stage.upstream if name in context.folders]
-
-
 def _check_failures(cfg: Config, states: list[StageStatus]) -> None:
     failed = failures(states)
     if len(failed) > cfg.max_failed_samples:
@@ -217,7 +245,7 @@ def _check_failures(cfg: Config, states: list[StageStatus]) -> None:
         more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
         raise StageFailed(
             f"{len(failed)} samples failed, more than max_failed_samples={cfg.max_failed_samples}:\n{listed}{more}\n"
-            f"Mend or remove them, or raise max_failed_samples; what is done stays done."
+            f"Mend the files and run the same command again, or raise max_failed_samples; what is done stays done."
         )
 
 

@@ -20,7 +20,7 @@ from vlcp_dist.errors import InputError
 COLUMNS = ("key", "class_id", "split", "ref", "shard")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample. `split` is train, validation or test; only training samples belong to a shard."""
 

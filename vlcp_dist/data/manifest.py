@@ -1,5 +1,6 @@
 """What is to be done and what is done: units, outcomes, and the markers that alone make a unit count as done."""
 
+import itertools
 import json
 import os
 import time
@@ -50,13 +51,30 @@ Marker = dict[str, Any]
 class StageFolder:
     """`<root>/<stage>-<fingerprint>/`: the files of a stage and, in `done/`, a marker for each finished unit."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, plan: Mapping[str, Any] | None = None):
         self.path = path
+        self._plan = plan
         self._last_heartbeat = 0.0
 
-    def plan(self, description: Mapping[str, Any]) -> None:
-        """Leave `plan.json`, which says what the folder was made from, unless it is there already."""
-        storage.create(self.path / "plan.json", _json(description))
+    def open(self) -> None:
+        """Make the folder ready for work: leave `plan.json`, which its name is the fingerprint of, and clear up."""
+        if self._plan and not (self.path / "plan.json").exists():
+            storage.write(self.path / "plan.json", _json(self._plan))
+        storage.remove_temporaries(self.path)
+        self.failures.unlink(missing_ok=True)
+
+    def supersede(self) -> None:
+        """Set the folder aside, because what it was made from has changed."""
+        for i in itertools.count(1):
+            aside = self.path.with_name(f"{self.path.name}.superseded-{i}")
+            if not aside.exists():
+                self.path.rename(aside)
+                return
+
+    @property
+    def failures(self) -> Path:
+        """Units that failed for good in the last run, one JSON line each."""
+        return self.path / "failures.jsonl"
 
     def commit(self, unit: Unit, outcome: Outcome, seconds: float) -> Marker:
         """Write a unit's files, then its marker. Only the marker makes it count."""

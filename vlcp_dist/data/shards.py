@@ -65,6 +65,9 @@ class Arrays(Mapping[str, np.ndarray]):
         shard, offset, size = self._where[key]
         return parse_npy(memoryview(self._maps[shard])[offset : offset + size])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._where
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

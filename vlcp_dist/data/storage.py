@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -37,31 +38,17 @@ def write(path: Path, content: bytes | Path) -> str:
     return expected
 
 
-def create(path: Path, content: bytes) -> bool:
-    """Write `path` if nobody has: of several writers at once exactly one gets True."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_bytes(content)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    _sync_folder(path.parent)
-    return True
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what writers that were killed have left behind."""
+def remove_temporaries(folder: Path, older_than: float = 3600) -> None:
+    """Delete what writers that were killed have left behind; younger ones may belong to a live writer."""
     for path in folder.rglob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            if time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -60,4 +60,5 @@ class Executor:
                 self._stage = job.stage
             start = time.perf_counter()
             outcome = self._worker.process(unit)
+            outcome.info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
             return job.folder.commit(unit, outcome, time.perf_counter() - start)

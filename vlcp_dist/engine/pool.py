@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rich.text import Text
 
 from vlcp_dist.engine.executor import Event, Executor, Job, Unit
@@ -126,12 +126,17 @@ class RayEngine:
             return
         try:
             marker = ray.get(ref)
-        except RayActorError as error:
-            self._bury(slot, pending, on_event, f"its worker died: {error}")
-            return
         except RayTaskError as error:
             task = slot.tasks.pop(ref)
             self._retry(task, error, pending, on_event)
+            if "CUDA error" in str(error.cause):  # after one, every call in that process fails
+                ray.kill(slot.actor)
+                self._slots.remove(slot)
+                pending.extendleft(reversed(slot.tasks.values()))
+                return
+        except RayError as error:  # a dead actor, a dead node, or Ray's own out-of-memory kill
+            self._bury(slot, pending, on_event, f"its worker died: {error}")
+            return
         else:
             task = slot.tasks.pop(ref)
             on_event(Event("done", task.unit, marker=marker))
@@ -185,7 +190,7 @@ class RayEngine:
                 slot.ready = None
             except GetTimeoutError:
                 pass  # still starting
-            except RayActorError as error:
+            except RayError as error:
                 self._start_error = f"; the last one that tried died: {error}"
                 return False
         return True
@@ -195,7 +200,8 @@ class RayEngine:
         return (
             f"no worker could be started within engine.start_timeout={self._start_timeout} s: a worker needs "
             f"{self._slot_cpus} CPU and {self._gpus} GPU; the cluster has {has.get('CPU', 0):g} CPU and "
-            f"{has.get('GPU', 0):g} GPU, of which {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free{self._start_error}"
+            f"{has.get('GPU', 0):g} GPU, of which {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+            f"{self._start_error}"
         )
 
 

@@ -75,8 +75,8 @@ class Run:
         """
         try:
             data = self.source.read(row.ref)
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error}") from error
+        except FileNotFoundError as error:  # other errors of the storage are worth another attempt
+            raise BadImage(f"is gone: {error}") from error
         return decode(data, max_pixels=self.cfg.data.max_pixels)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,11 +106,18 @@ class Stage:
 def make_run(cfg: Config, stages: list[Stage]) -> Run:
     """Name every stage's folder by what its results depend on: its own configuration and all that is upstream."""
     root = Path(os.path.abspath(cfg.root))  # noqa: PTH100 - workers have another working directory
-    prints: dict[str, str] = {}
+    names: dict[str, str] = {}
+    plans = {}
     for stage in stages:
-        upstream = {name: prints[name] for name in stage.upstream if name in prints}
-        prints[stage.name] = fingerprint([stage.version, stage.content(cfg), cfg.seed, upstream])
-    return Run(cfg, {name: StageFolder(root / f"{name}-{digits}") for name, digits in prints.items()})
+        plans[stage.name] = {
+            "stage": stage.name,
+            "version": stage.version,
+            "config": stage.content(cfg),
+            "seed": cfg.seed,
+            "upstream": [names[name] for name in stage.upstream if name in names],
+        }
+        names[stage.name] = f"{stage.name}-{fingerprint(plans[stage.name])}"
+    return Run(cfg, {name: StageFolder(root / folder, plans[name]) for name, folder in names.items()})
 
 
 def device() -> str:
@@ -128,7 +135,7 @@ def dtype(name: str) -> str:
         return name
     if not torch.cuda.is_available():
         return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def class_shards(rows: list[Row]) -> list[str]:

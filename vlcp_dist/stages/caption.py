@@ -6,8 +6,9 @@ from collections import Counter
 from vlcp_dist.config import content
 from vlcp_dist.data import shards
 from vlcp_dist.data.images import BadImage
+from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
-from vlcp_dist.models.captioner import load_captioner
+from vlcp_dist.models.captioner import Caption, load_captioner
 from vlcp_dist.ops.text import clean_description
 from vlcp_dist.stages.base import Run, Stage, device, dtype
 
@@ -35,26 +36,35 @@ class Worker:
 
     def process(self, unit: Unit) -> Outcome:
         """`<shard>.tar` with `key.txt` (cleaned description) and `key.json` (as generated, tokens, finish reason)."""
-        index = self._run.index
-        rows, images, failed = [], [], []
-        for row in index.shards[unit.name]:
+        rows, size = self._run.index.shards[unit.name], self._run.cfg.caption.batch_size
+        samples: list[tuple[str, dict[str, bytes]]] = []
+        failed: list[Failure] = []
+        counts = Counter[str]()
+        for start in range(0, len(rows), size):
+            for row, caption in self._describe(rows[start : start + size], failed):
+                text = clean_description(caption.text)
+                if not text:
+                    failed.append(Failure(row.key, "empty description", row.ref))
+                    continue
+                counts[f"finished_{caption.finish_reason}"] += 1
+                counts["tokens"] += caption.tokens
+                facts = {"raw": caption.text, "tokens": caption.tokens, "finish_reason": caption.finish_reason}
+                samples.append(
+                    (row.key, {"json": json.dumps(facts, ensure_ascii=False).encode(), "txt": text.encode()})
+                )
+        info = {**counts, "dtype": dtype(self._run.cfg.caption.dtype)}
+        return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed, info)
+
+    def _describe(self, rows: list[Row], failed: list[Failure]) -> list[tuple[Row, Caption]]:
+        good, images = [], []
+        for row in rows:
             try:
                 images.append(self._run.decode(row))
-                rows.append(row)
+                good.append(row)
             except BadImage as error:
                 failed.append(Failure(row.key, str(error), row.ref))
-        captions = self._captioner.describe(images, [index.names[row.class_id] for row in rows])
-        samples, counts = [], Counter[str]()
-        for row, caption in zip(rows, captions, strict=True):
-            text = clean_description(caption.text)
-            if not text:
-                failed.append(Failure(row.key, "empty description", row.ref))
-                continue
-            counts[f"finished_{caption.finish_reason}"] += 1
-            counts["tokens"] += caption.tokens
-            facts = {"raw": caption.text, "tokens": caption.tokens, "finish_reason": caption.finish_reason}
-            samples.append((row.key, {"json": json.dumps(facts, ensure_ascii=False).encode(), "txt": text.encode()}))
-        return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed, dict(counts))
+        names = [self._run.index.names[row.class_id] for row in good]
+        return list(zip(good, self._captioner.describe(images, names), strict=True))
 
 
 STAGE = Stage("caption", upstream=("index",), content=lambda cfg: content(cfg.caption), units=units, worker=Worker)

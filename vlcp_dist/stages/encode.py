@@ -1,12 +1,15 @@
 """encode: the VAE latent of every training image, in one tar for each shard."""
 
+import sys
+
 import numpy as np
 import torch
 
 from vlcp_dist.config import Config, content
 from vlcp_dist.data import shards
-from vlcp_dist.data.manifest import Outcome, Unit
-from vlcp_dist.models.diffusion import encode_images, load_vae
+from vlcp_dist.data.index import Row
+from vlcp_dist.data.manifest import Failure, Outcome, Unit
+from vlcp_dist.models.diffusion import encode_images, image_seed, load_vae
 from vlcp_dist.stages.base import Run, Stage, device, dtype
 from vlcp_dist.stages.caption import units
 
@@ -22,21 +25,41 @@ class Worker:
         )
 
     def process(self, unit: Unit) -> Outcome:
-        """`<shard>.tar` with `key.npy`: the posterior mean times the scaling factor, fp16 (4, h, w)."""
+        """`<shard>.tar` with `key.npy`: the posterior's mean (or a sample) times the scaling factor, fp16 (4, h, w)."""
         cfg = self._run.cfg.encode
-        samples = []
-        failed = []
+        samples: list[tuple[str, dict[str, bytes]]] = []
+        failed: list[Failure] = []
         rows = self._run.index.shards[unit.name]
         for start in range(0, len(rows), cfg.batch_size):
-            batch = rows[start : start + cfg.batch_size]
-            good, images, bad = self._run.images(batch, cfg.image_size, crop=cfg.resize)
+            good, images, bad = self._run.images(rows[start : start + cfg.batch_size], cfg.image_size, crop=cfg.resize)
             failed += bad
-            if not good:
-                continue
-            pixels = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
-            latents = encode_images(self._vae, pixels).cpu().numpy().astype(np.float16)
-            samples += [(row.key, {"npy": shards.to_npy(z)}) for row, z in zip(good, latents, strict=True)]
-        return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed)
+            for row, z in self._encode(good, images, failed):
+                samples.append((row.key, {"npy": shards.to_npy(z)}))
+        info = {"dtype": dtype(self._run.cfg.diffusion.dtype)}
+        return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed, info)
+
+    def _encode(self, rows: list[Row], images: list[np.ndarray], failed: list[Failure]) -> list[tuple[Row, np.ndarray]]:
+        """Latents fp16; a batch that does not fit or holds a bad image is halved until what is wrong stands alone."""
+        if not rows:
+            return []
+        pixels = torch.from_numpy(np.stack(images)).float() / 127.5 - 1
+        generators = None
+        if self._run.cfg.encode.posterior == "sample":
+            seeds = [image_seed(self._run.cfg.seed, row.key, 0, 0) for row in rows]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            latents = encode_images(self._vae, pixels, sample_generators=generators).cpu().numpy().astype(np.float16)
+            return list(zip(rows, latents, strict=True))
+        except FloatingPointError as error:
+            if len(rows) == 1:
+                failed.append(Failure(rows[0].key, str(error), rows[0].ref))
+                return []
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            print(f"encode: out of CUDA memory at batch {len(rows)}, halving it", file=sys.stderr)
+        half = len(rows) // 2
+        return self._encode(rows[:half], images[:half], failed) + self._encode(rows[half:], images[half:], failed)
 
 
 def _content(cfg: Config) -> object:

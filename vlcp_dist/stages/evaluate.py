@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from vlcp_dist.config import REAL_METHODS, Config, content
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.models import classifiers
-from vlcp_dist.models.hard_label import Protocol, accuracy, train
+from vlcp_dist.models.hard_label import Protocol, accuracy, published_epochs, train
 from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
 from vlcp_dist.stages.base import Run, Stage, class_shards, device
 from vlcp_dist.stages.synthesize import image_path
@@ -46,19 +45,30 @@ def baseline_units(run: Run) -> list[Unit]:
 
 def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
     cfg = run.cfg.evaluate
+    epochs = _epochs(run, ipc)
     return [
         Unit(
-            _name(method, ipc, net, seed),
+            _name(method, ipc, net, epochs, seed),
             size=images,
-            payload={"method": method, "ipc": ipc, "net": net, "seed": seed},
+            payload={"method": method, "ipc": ipc, "net": net, "epochs": epochs, "seed": seed},
         )
         for net in cfg.nets
         for seed in cfg.seeds
     ]
 
 
-def _name(method: str, ipc: int, net: str, seed: int) -> str:
-    return f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/seed={seed}"
+def _epochs(run: Run, ipc: int) -> int:
+    epochs = run.cfg.evaluate.epochs
+    if isinstance(epochs, dict):
+        return epochs[ipc]
+    if epochs is not None:
+        return epochs
+    largest = max(len(rows) for rows in run.index.by_class.values())
+    return published_epochs(largest if ipc == FULL else ipc, len(run.index.classes))
+
+
+def _name(method: str, ipc: int, net: str, epochs: int, seed: int) -> str:
+    return f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/epochs={epochs}/seed={seed}"
 
 
 class Worker:
@@ -73,11 +83,11 @@ class Worker:
         self._test, self._test_labels, self._failed = self._load(rows)
 
     def process(self, unit: Unit) -> Outcome:
-        """`<method>/ipc=<ipc>/<net>/seed=<seed>.json`: the whole protocol, best and last top-1, the curve.
+        """`<method>/ipc=<ipc>/<net>/epochs=<epochs>/seed=<seed>.json`: protocol, best and last top-1, curve.
 
         The net trained on all real images is kept beside its record: it says how many distilled ones it recognises.
         """
-        method, ipc, net, seed = (unit.payload[name] for name in ("method", "ipc", "net", "seed"))
+        method, ipc, net, epochs, seed = (unit.payload[k] for k in ("method", "ipc", "net", "epochs", "seed"))
         if method in REAL_METHODS:
             images, labels, failed = self._load(self._choose(method, ipc, seed))
         else:
@@ -90,7 +100,7 @@ class Worker:
             self._test_labels,
             num_classes=len(classes),
             ipc=ipc or len(images) // len(classes),
-            protocol=self._protocol(net, ipc),
+            protocol=self._protocol(net, epochs),
             seed=seed,
             device=device(),
         )
@@ -125,17 +135,12 @@ class Worker:
         model = classifiers.build(
             net, num_classes=len(self._run.index.classes), image_size=cfg.image_size, width=cfg.width, seed=seed
         )
-        weights = self._run.folders["baselines"].path / _name("full", FULL, net, seed)
+        weights = self._run.folders["baselines"].path / _name("full", FULL, net, _epochs(self._run, FULL), seed)
         model.load_state_dict(load_file(f"{weights}.safetensors"))
         return model
 
-    def _protocol(self, net: str, ipc: int) -> Protocol:
+    def _protocol(self, net: str, epochs: int) -> Protocol:
         cfg = self._run.cfg.evaluate
-        epochs = cfg.epochs
-        if isinstance(epochs, dict):
-            if ipc not in epochs:
-                raise ValueError(f"evaluate.epochs has no entry for ipc {ipc} (0 is the full data); it has {epochs}")
-            epochs = epochs[ipc]
         return Protocol(
             net=net,
             image_size=cfg.image_size,
@@ -177,20 +182,33 @@ class Worker:
         return chosen
 
     def _load(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, list[Failure]]:
+        """Real images uint8 (n, 3, size, size), their labels, and the images that could not be read."""
         size = self._run.cfg.evaluate.image_size
-        needed, present = (
-            len(rows) * 3 * size * size,
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
-        )
+        needed, present = len(rows) * 3 * size * size, _available_memory()
         if needed > 0.8 * present:
             raise ValueError(
                 f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
-                f"{present / 2**30:.1f} GiB are free; use a smaller evaluate.image_size, fewer workers, "
+                f"{present / 2**30:.1f} GiB are available; use a smaller evaluate.image_size, fewer workers, "
                 f"or leave `full` out of evaluate.baselines"
             )
-        good, arrays, failed = self._run.images(rows, size, crop="center")
-        labels = torch.tensor([self._run.index.labels[row.class_id] for row in good])
-        return torch.from_numpy(np.stack(arrays)), labels, failed
+        pixels = np.empty((len(rows), 3, size, size), np.uint8)
+        labels: list[int] = []
+        failed: list[Failure] = []
+        for row in rows:
+            good, arrays, bad = self._run.images([row], size, crop="center")
+            failed += bad
+            if good:
+                pixels[len(labels)] = arrays[0]
+                labels.append(self._run.index.labels[row.class_id])
+        return torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels), failed
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping, page cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def _evaluate_content(cfg: Config) -> object:

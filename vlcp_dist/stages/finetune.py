@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ def batches(
     dropped texts are functions of (seed, step) alone, so a resumed run and a run on more workers see the same ones.
     """
     per_epoch = math.ceil(n / batch_size)
+    order = torch.empty(0)
     for step in range(start, epochs * per_epoch):
         epoch, position = divmod(step, per_epoch)
-        order = torch.randperm(n, generator=_generator(seed, 0, epoch))
+        if position == 0 or step == start:
+            order = torch.randperm(n, generator=_generator(seed, 0, epoch))
         rows = order[position * batch_size : (position + 1) * batch_size]
         generator = _generator(seed, 1, step)
         noise = torch.randn(len(rows), *shape, generator=generator)
@@ -175,17 +178,25 @@ class Trainer:
             return_tensors="pt",
         ).input_ids.to(device)  # fmt: skip
         with torch.no_grad():
-            condition = self._text_encoder(ids)[0]
-        with self.accelerator.autocast():
-            predicted = self._unet(noisy, timesteps, encoder_hidden_states=condition.float(), return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), noise) * batch.weight
-        self.accelerator.backward(loss)
+            condition = self._text_encoder(ids)[0].float()
+        total = torch.zeros((), device=device)
+        parts = torch.arange(len(noisy), device=device).split(self._cfg.micro_batch_size)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._unet):
+                with self.accelerator.autocast():
+                    predicted = self._unet(
+                        noisy[part], timesteps[part], encoder_hidden_states=condition[part], return_dict=False
+                    )[0]
+                loss = F.mse_loss(predicted.float(), noise[part]) * (batch.weight * len(part) / len(noisy))
+                self.accelerator.backward(loss)
+            total += loss.detach()
         self.accelerator.clip_grad_norm_(self._unet.parameters(), self._cfg.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._ema.step(self.accelerator.unwrap_model(self._unet).parameters())
         self.step_number += 1
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        value = float(self.accelerator.reduce(total, "mean"))
         self._losses.append(value)
         return value
 
@@ -199,8 +210,11 @@ class Trainer:
             state = self._optimizer.state[parameter]
             tensors |= {f"unet.{i}": parameter.detach(), f"ema.{i}": shadow}
             tensors |= {f"exp_avg.{i}": state["exp_avg"], f"exp_avg_sq.{i}": state["exp_avg_sq"]}
+        metadata = {"step": str(self.step_number)}
+        if self.accelerator.scaler is not None:
+            metadata["scaler"] = json.dumps(self.accelerator.scaler.state_dict())
         local = scratch / path.name
-        save_file({name: t.contiguous() for name, t in tensors.items()}, local, {"step": str(self.step_number)})
+        save_file({name: t.contiguous() for name, t in tensors.items()}, local, metadata)
         storage.write(path, local)
 
     def resume(self, path: Path) -> None:
@@ -211,12 +225,15 @@ class Trainer:
             return
         unet = self.accelerator.unwrap_model(self._unet)
         with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file, torch.no_grad():
-            step = int(file.metadata()["step"])
+            metadata = file.metadata()
+            step = int(metadata["step"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
             for i, parameter in enumerate(unet.parameters()):
                 parameter.copy_(file.get_tensor(f"unet.{i}"))
                 self._ema.shadow_params[i].copy_(file.get_tensor(f"ema.{i}"))
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
+                    "step": torch.tensor(float(step), device=parameter.device),  # where the fused kernel wants it
                     "exp_avg": file.get_tensor(f"exp_avg.{i}"),
                     "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{i}"),
                 }
@@ -243,7 +260,7 @@ class Trainer:
 def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) -> None:
     """Train on `finetune.workers` Ray Train workers, with a GPU each where the cluster has them."""
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # It tells workers to checkpoint before a node goes; ours do so all along.
@@ -262,16 +279,22 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
         train_loop_config={"job": job, "unit": unit},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cfg.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cfg.num_threads, "GPU": int(gpu)},
+            num_workers=cfg.workers, use_gpu=gpu, resources_per_worker={"CPU": cfg.num_threads, "GPU": int(gpu)}
         ),
-        run_config=RunConfig(name="ray_train", storage_path=str(job.folder.path)),
+        # A worker that is lost costs the steps since the last checkpoint.
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(job.folder.path),
+            failure_config=FailureConfig(max_failures=run.cfg.engine.max_retries),
+        ),
     )
     try:
         trainer.fit()
-    except Exception as error:  # Ray Train wraps whatever went wrong on a worker; it is told, not swallowed
-        on_event(Event("failed", unit, message=f"{type(error).__name__}: {error}", traceback=str(error)))
+    except TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {}).values()
+        cause = next(iter(causes), error)
+        message = f"{type(cause).__name__}: {getattr(cause, 'cause', cause)}"
+        on_event(Event("failed", unit, message=message, traceback=str(error)))
         return
     on_event(Event("done", unit, marker=job.folder.marker(unit.name)))
 

@@ -1,5 +1,7 @@
 """index: lists the samples, splits them and cuts the shards. Pixels are not read."""
 
+import math
+
 from vlcp_dist.config import Config, content
 from vlcp_dist.data.index import Index, assign
 from vlcp_dist.data.manifest import Outcome, Unit
@@ -38,7 +40,7 @@ def check_sizes(cfg: Config, index: Index) -> None:
     largest = max(cfg.ipc)
     for info in index.classes:
         n = len(index.by_class.get(info.id, []))
-        kept = n - int(n * cfg.prototypes.contamination)
+        kept = n - math.ceil(cfg.prototypes.contamination * (n - 1))  # what the percentile leaves of distinct scores
         if n < 2 and cfg.prototypes.contamination > 0:
             raise InputError(
                 f"class {info.id} ({info.name}) has {n} training image(s): outlier removal needs at least 2; "

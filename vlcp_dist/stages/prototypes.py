@@ -17,7 +17,6 @@ from vlcp_dist.stages.base import Run, Stage, class_shards, device
 
 
 def units(run: Run) -> list[Unit]:
-    """Class by class, so that the worker that has a class in memory is likely to get its other IPCs too."""
     return [
         Unit(f"ipc={ipc}/{class_id}", size=len(rows), payload={"ipc": ipc, "class_id": class_id})
         for class_id, rows in run.index.by_class.items()
