@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from vlcp_dist import config
-from vlcp_dist.models.captioner import PROMPT, Caption, GumbelNoise, load_captioner
+from vlcp_dist.models.captioner import Caption, GumbelNoise, load_captioner
 from vlcp_dist.models.tiny_llava import build_tiny_llava
 
 NAMES = ["dog", "Saluki, gazelle hound", "ship", "cat", "golf ball", "frog", "French horn", "digit {three}"]
 DEFAULTS = {
     "revision": None,
-    "prompt": PROMPT,
+    "prompt": config.PROMPT,
     "max_new_tokens": 16,
     "temperature": 0.0,
     "batch_size": 8,
@@ -69,7 +69,10 @@ def test_the_batch_size_changes_nothing(folder, images, batch_size):
 
 def test_the_prompt_is_the_papers(folder, images):
     captioner = llava(folder)
-    assert config.Caption().prompt == PROMPT
+    assert config.PROMPT == (
+        "Describe the physical appearance of the {class_name} in the image. "
+        "Include details about its shape, posture, color, and any distinct features."
+    )
     inputs = captioner.build_inputs(images, NAMES)
     for name, ids, mask in zip(NAMES, inputs["input_ids"], inputs["attention_mask"], strict=True):
         text = captioner.processor.tokenizer.decode(ids[mask.bool()])

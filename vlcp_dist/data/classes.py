@@ -178,12 +178,6 @@ def ids_of_labels(labels: Mapping[str, str], *, listing: str | Path | Mapping[st
     return ids
 
 
-def select_classes(infos: Sequence[ClassInfo], wanted: Sequence[str] | str) -> list[ClassInfo]:
-    """The classes of `infos` that are `wanted`, sorted by id; see `select_ids`."""
-    by_id = {info.id: info for info in infos}
-    return [by_id[id] for id in select_ids(by_id, wanted)]
-
-
 def select_ids(ids: Iterable[str], wanted: Sequence[str] | str | None) -> list[str]:
     """Those of `ids` that are `wanted`: a list of ids, the name of one of `SUBSETS`, or None for all; sorted.
 

@@ -19,10 +19,6 @@ from vlcp_dist.ops.describe import describe_image
 if TYPE_CHECKING:
     from transformers import BatchFeature, LlavaForConditionalGeneration, ProcessorMixin
 
-PROMPT = (
-    "Describe the physical appearance of the {class_name} in the image. "
-    "Include details about its shape, posture, color, and any distinct features."
-)
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,7 +55,7 @@ def load_captioner(
 
     Args:
         model: folder or hub id of a LLaVA in transformers' layout.
-        prompt: holds `{class_name}`; PROMPT is the paper's.
+        prompt: holds `{class_name}`.
         temperature: 0 is greedy. Above, a caption is a function of seed, image and prompt alone.
         batch_size: images generated together at most; halved for good when CUDA's memory runs out.
         dtype: "float32", "float16" or "bfloat16".

@@ -7,7 +7,7 @@ there is no loader.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,12 +106,11 @@ def train(
     protocol: Protocol,
     seed: int,
     device: str | torch.device,
-    on_progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Result, nn.Module]:
     """Train on `images` uint8 (n, 3, h, w) with `labels` int64 (n,), following the top-1 on the test split.
 
     Images of another size than the protocol's are resized and centre-cropped. `ipc` only chooses the published
-    epochs. `on_progress(epoch, epochs, top1)` is called after each evaluation. The same arguments and number of
+    epochs. The same arguments and number of
     threads give the same result, `seconds` aside.
 
     Raises ValueError for data that do not fit together, FloatingPointError when the training diverges.
@@ -147,8 +146,6 @@ def train(
             correct = _correct(net, test_images, test_labels, protocol.dtype)
             top1 = 100 * correct.double().mean().item()
             curve.append({"epoch": epoch, "loss": loss, "top1": top1})
-            if on_progress:
-                on_progress(epoch, protocol.epochs, top1)
 
     best = max(curve, key=lambda point: point["top1"])
     result = Result(

@@ -177,5 +177,6 @@ def _total(found: Material, stage: str) -> dict[str, float]:
     total: dict[str, float] = {}
     for marker in found.states[stage].markers.values():
         for name, value in marker["info"].items():
-            total[name] = total.get(name, 0) + value
+            if isinstance(value, int | float):
+                total[name] = total.get(name, 0) + value
     return total
