@@ -90,6 +90,7 @@ def by_hand(run):
         "warmup_steps=8",
         "max_grad_norm=0.05",
         "weight_decay=2.0",
+        "micro_batch_size=5",
     ],
 )
 def test_training_is_that_of_a_plain_loop(run_with, setting):
