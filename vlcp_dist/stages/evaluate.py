@@ -212,7 +212,10 @@ def _available_memory() -> int:
 
 
 def _evaluate_content(cfg: Config) -> object:
-    return [content(cfg.evaluate), "full" in cfg.evaluate.baselines]
+    """`recognised` in the records depends on whether there is a net trained on all images, and for how long."""
+    epochs = cfg.evaluate.epochs
+    full = "full" in cfg.evaluate.baselines
+    return [content(cfg.evaluate), full, (epochs[FULL] if isinstance(epochs, dict) else epochs) if full else None]
 
 
 BASELINES = Stage(

@@ -51,7 +51,7 @@ def _threads(cfg: Config) -> int:
 STAGE = Stage(
     "pretrain",
     upstream=("index", "caption"),
-    content=lambda cfg: [content(cfg.pretrain), content(cfg.encode)],
+    content=lambda cfg: [content(cfg.pretrain), cfg.encode.image_size, cfg.encode.resize],
     units=units,
     worker=Worker,
     threads=_threads,

@@ -139,6 +139,7 @@ class Worker:
             "text_class": prototype.text_class,
             "description_key": prototype.description_key,
             "seed": seed,
+            "scheduler": cfg.scheduler,
             "strength": cfg.strength,
             "guidance_scale": cfg.guidance_scale,
             "num_inference_steps": cfg.num_inference_steps,
