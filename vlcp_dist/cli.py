@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -38,8 +39,9 @@ def run(
         print(json.dumps(cfg.model_dump(mode="json"), indent=2))
         return
     from vlcp_dist import pipeline, report
-    from vlcp_dist.engine.progress import Progress
+    from vlcp_dist.engine.progress import Progress, duration
 
+    began = time.monotonic()
     try:
         states = pipeline.run(cfg, Progress(interval=progress_interval))
     except KeyboardInterrupt:
@@ -47,12 +49,14 @@ def run(
         raise typer.Exit(130) from None
     page = report.write(cfg, states)
     _print_results(report.results(states))
-    print(f"report: {page}")
+    print(f"report: {page} (all of it in {duration(time.monotonic() - began)})")
 
 
 @app.command()
 def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """What is cached, what would run, and how long one worker would need at the rates measured so far."""
+    from vlcp_dist.engine.progress import duration
+
     rows = _summaries(config_path, overrides)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -64,13 +68,13 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
             continue
         seconds = row["worker_seconds_left"]
         left = row["units"] - row["done"]
-        time = "no rate yet" if seconds is None else f"{seconds:.0f} s"
+        needed = "no rate yet" if seconds is None else duration(seconds)
         table.add_row(
             row["stage"],
             str(row["done"]),
             str(left),
             str(row["samples_left"]),
-            time if left else "-",
+            needed if left else "-",
             row["folder"],
         )
     _show(table)

@@ -69,7 +69,7 @@ class Progress:
         self._thread = None
         if self._live:
             self._live.stop()
-        self._print(f"{self._line()}  in {_duration(time.monotonic() - self._began)}")
+        self._print(f"{self._line()}  in {duration(time.monotonic() - self._began)}")
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval or 1.0):
@@ -101,7 +101,7 @@ class Progress:
         if new:
             facts.append(f"{new / seconds:.3g} samples/s")
             if self._done < self._units:
-                facts.append(f"ETA {_duration((self._samples - self._samples_done) / new * seconds)}")
+                facts.append(f"ETA {duration((self._samples - self._samples_done) / new * seconds)}")
         if self._failed_samples:
             facts.append(f"{self._failed_samples} failed samples")
         if self._retries:
@@ -121,7 +121,8 @@ class Progress:
         sys.stderr.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them, such as `1 min 5 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
