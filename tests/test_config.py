@@ -55,6 +55,12 @@ def test_overrides_reach_nested_values(micro):
     assert (cfg.ipc, cfg.prototypes.beta, cfg.engine.workers) == ([3, 4], 0.2, 7)
 
 
+def test_an_engine_can_be_named_alone(micro):
+    assert micro("engine=serial").engine == config.Engine(kind="serial")
+    with pytest.raises(ConfigError, match=r"engine\.kind = 'spark'"):
+        micro("engine=spark")
+
+
 def folders(cfg):
     from vlcp_dist import pipeline
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from vlcp_dist.errors import ConfigError
@@ -201,6 +201,12 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()
     max_failed_samples: int = Field(0, ge=0, json_schema_extra={"fingerprint": False})
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_by_its_kind(cls, value: Any) -> Any:
+        """`engine: serial` is short for `engine: {kind: serial}`."""
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
