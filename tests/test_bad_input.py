@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vlcp_dist import pipeline
-from vlcp_dist.data import shards
+from vlcp_dist.data import shards, storage
 from vlcp_dist.engine.progress import Progress
-from vlcp_dist.errors import StageFailed
+from vlcp_dist.errors import InputError, StageFailed
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -114,6 +114,13 @@ def test_input_that_cannot_work_is_refused_before_anything_is_spent(config_of, o
         run(cfg)
     assert all(word in str(caught.value) for word in words)
     assert not list(Path(cfg.root).glob("caption-*"))
+
+
+def test_two_runs_on_one_root(config_of):
+    cfg = config_of()
+    Path(cfg.root).mkdir()
+    with storage.exclusive(Path(cfg.root) / "lock"), pytest.raises(InputError, match="in use by process"):
+        run(cfg)
 
 
 def test_an_empty_folder_and_a_class_with_one_image(config_of, folder, tmp_path):

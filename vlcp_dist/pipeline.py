@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcp_dist.config import Config
+from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Marker, Unit
 from vlcp_dist.engine.executor import Event
 from vlcp_dist.engine.progress import Progress
@@ -116,9 +117,9 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
         Path(cfg.root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"root={cfg.root} cannot be written to: {error.strerror}; choose another") from error
-    retry_failed = len(failures([_stage_status(context, stage) for stage in plan])) > cfg.max_failed_samples
     states: list[StageStatus] = []
-    with Engines(cfg) as engines:
+    with storage.exclusive(Path(cfg.root) / "lock"), Engines(cfg) as engines:
+        retry_failed = len(failures([_stage_status(context, stage) for stage in plan])) > cfg.max_failed_samples
         for stage in plan:
             if _run_stage(context, stage, engines, progress, retry_failed):
                 _supersede_downstream(context, plan, stage)

@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 
 from vlcp_dist.data import storage
+from vlcp_dist.errors import InputError
 
 
 def test_write_returns_the_digest_and_leaves_no_temporaries(tmp_path):
@@ -29,6 +32,24 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         storage.write(path, tmp_path / "absent")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_has_one_holder_and_dies_with_it(tmp_path):
+    hold = (
+        "import pathlib, sys; from vlcp_dist.data import storage\n"
+        "with storage.exclusive(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / "lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"{tmp_path} is in use by process {holder.pid} on .* since 20"):
+        storage.exclusive(path).__enter__()
+    holder.kill()
+    holder.communicate()
+    with storage.exclusive(path):
+        assert f"process {os.getpid()}" in path.read_text()
 
 
 def test_old_leftovers_of_killed_writers_are_removed(tmp_path):

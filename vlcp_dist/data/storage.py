@@ -1,12 +1,17 @@
 """The one place where files are written: a file is either absent or whole."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from vlcp_dist.errors import InputError
 
 
 def write(path: Path, content: bytes | Path) -> str:
@@ -36,6 +41,27 @@ def write(path: Path, content: bytes | Path) -> str:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return expected
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold `path` as a lock; the kernel releases it when this process ends, however it ends.
+
+    Raises:
+        InputError: another process holds it; the message says which, where and since when.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path.parent} is in use by {path.read_text().strip() or 'another process'}; "
+                f"wait for it, stop it, or choose another root"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+        file.flush()
+        yield
 
 
 def sha256(path: Path) -> str:
