@@ -92,6 +92,14 @@ def test_odd_images_are_used_and_broken_ones_listed(config_of, folder):
     assert all(any(Path(name).stem in key for key in captioned) for name in odd)
     index = next(s for s in states if s.stage.name == "index")
     assert index.markers["index"]["n_in"] == 208
+    # A mended image changes what was made without it: that is set aside and made anew.
+    for name in failed:
+        (target / name).write_bytes(good)
+    cfg = cfg.model_copy(update={"max_failed_samples": len(failed) - 1})
+    assert pipeline.failures(run(cfg)) == []
+    root = Path(cfg.root)
+    made_from_captions = {"pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"}
+    assert {path.name.split("-")[0] for path in root.glob("*.superseded-1")} == made_from_captions
     for stage in ("caption", "encode"):
         markers = next(s for s in states if s.stage.name == stage).markers.values()
         assert all(m["n_in"] == m["n_ok"] + m["n_failed"] for m in markers)

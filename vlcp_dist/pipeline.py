@@ -121,8 +121,7 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
     with storage.exclusive(Path(cfg.root) / "lock"), Engines(cfg) as engines:
         retry_failed = len(failures([_stage_status(context, stage) for stage in plan])) > cfg.max_failed_samples
         for stage in plan:
-            if _run_stage(context, stage, engines, progress, retry_failed):
-                _supersede_downstream(context, plan, stage)
+            _run_stage(context, plan, stage, engines, progress, retry_failed=retry_failed)
             if stage.name == "index":
                 check_sizes(cfg, context.index)
             states.append(_stage_status(context, stage))
@@ -131,9 +130,15 @@ def run(cfg: Config, progress: Progress) -> list[StageStatus]:
 
 
 def _run_stage(
-    context: base.Run, stage: base.Stage, engines: "Engines", progress: Progress, retry_failed: bool
-) -> bool:
-    """Do what is left of a stage; True if that changed files that had been there before."""
+    context: base.Run,
+    plan: list[base.Stage],
+    stage: base.Stage,
+    engines: "Engines",
+    progress: Progress,
+    *,
+    retry_failed: bool,
+) -> None:
+    """Do what is left of a stage, and what holds failed samples again if that is asked for."""
     state = _stage_status(context, stage)
     folder = context.folders[stage.name]
     again = {name: m for name, m in state.markers.items() if retry_failed and m["n_failed"]}
@@ -141,12 +146,15 @@ def _run_stage(
     todo = [unit for unit in state.units or [] if unit.name not in keep]
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
-        return False
+        return
     folder.open()
     failed: list[Event] = []
 
     def on_event(event: Event) -> None:
         progress.update(event)
+        before = again.get(event.unit.name)
+        if before and event.marker and event.marker["files"] != before["files"]:
+            _supersede_downstream(context, plan, stage)
         if event.kind == "failed":
             failed.append(event)
             _log_failure(folder.failures, event)
@@ -161,16 +169,15 @@ def _run_stage(
             f"{failed[0].message}\nAll are in {folder.failures}. What is done stays done: "
             f"mend the cause and run the same command again."
         )
-    after = _stage_status(context, stage)
-    if left := after.todo:
+    if left := _stage_status(context, stage).todo:
         raise StageFailed(
             f"{stage.name}: {len(left)} units were reported done, but {folder.path} does not hold them; the first is "
             f"{left[0].name}. root={context.cfg.root} must be storage that every node shares."
         )
-    return any(after.markers[name]["files"] != marker["files"] for name, marker in again.items())
 
 
 def _supersede_downstream(context: base.Run, plan: list[base.Stage], changed: base.Stage) -> None:
+    """Set aside what was made from a stage whose files have changed. At once: a later kill must not leave it."""
     stale = {changed.name}
     for stage in plan:
         if stale & set(stage.upstream):
