@@ -11,7 +11,33 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from upath import UPath
+
 from vlcp_dist.errors import InputError
+
+# A local path, or a URL that fsspec opens (s3://, gs://). Both speak pathlib.
+Location = Path | UPath
+
+
+def locate(place: str) -> Location:
+    """The path or URL as an absolute location.
+
+    Listings of object stores are never cached: other machines write to them all the time.
+
+    Raises:
+        InputError: nothing installed here opens such a URL; the message says what to install.
+    """
+    if "://" not in place:
+        return Path(os.path.abspath(place))  # noqa: PTH100 - resolves `..`, follows no links
+    try:
+        location = UPath(place, use_listings_cache=False)
+        _ = location.fs
+    except (ImportError, ValueError) as error:
+        scheme = place.partition("://")[0]
+        extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
+        hint = f"install vlcp-dist[{extra}]" if extra else "use a local path, s3:// or gs://"
+        raise InputError(f"{place}: {error}; {hint}") from error
+    return location
 
 
 def write(path: Path, content: bytes | Path) -> str:
