@@ -14,9 +14,11 @@ LAYERS = {  # what each part may import of the package
     "data": {"data", "errors"},
     "engine": {"engine", "data", "errors"},
     "stages": {"stages", "engine", "models", "ops", "data", "config", "errors"},
-    "pipeline": {"stages", "engine", "data", "config", "errors"},
-    "report": {"report", "pipeline", "stages", "data", "config", "errors"},
-    "cli": {"report", "pipeline", "engine", "config", "errors"},
+    "interrupt": set(),
+    "status": {"stages", "data"},
+    "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "errors"},
+    "report": {"report", "pipeline", "status", "stages", "data", "config", "errors"},
+    "cli": {"report", "pipeline", "status", "interrupt", "engine", "config", "errors"},
     "__main__": {"cli"},
 }
 RAY = {"engine/pool.py", "stages/finetune.py", "pipeline.py"}

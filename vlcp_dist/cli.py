@@ -1,16 +1,21 @@
 """The `vlcp` command: run, plan, status and report."""
 
+import errno
 import json
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vlcp_dist import config
-from vlcp_dist.errors import ConfigError, InputError, StageFailed
+from vlcp_dist.errors import ConfigError, InputError, StageFailed, Stopped
+from vlcp_dist.interrupt import Interrupt, Terminated
+
+if TYPE_CHECKING:
+    from vlcp_dist.status import StageStatus
 
 app = typer.Typer(
     help="Distil a large labelled image dataset into a tiny synthetic one.",
@@ -18,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# What the storage may refuse at any moment, and a user can mend.
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 ConfigPath = Annotated[str, typer.Option("--config", "-c", help="the YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as ipc=[10,50] root=runs/a")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
@@ -27,63 +34,107 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 def run(
     config_path: ConfigPath,
     overrides: Overrides = None,
-    print_config: Annotated[bool, typer.Option(help="show the whole configuration and stop")] = False,
+    *,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="this stage alone; may be given several times")
+    ] = None,
+    max_units: Annotated[
+        int | None, typer.Option(min=1, help="at most so many units of each stage, as a trial")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="do units again that hold failed samples")
+    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="show the whole configuration and stop")] = False,
     progress_interval: Annotated[
         float,
         typer.Option(min=0, help="seconds between lines where there is no terminal; 0: a line per unit"),
     ] = 10.0,
 ) -> None:
-    """Do everything that is not done yet, then write the report. Exit code 0 only if all of it is done."""
+    """Do everything that is not done yet, then write the report.
+
+    Exit code 0: all that was asked for is done. 1: something failed. 2: a bad configuration. 130: Ctrl-C, which
+    finishes the units in flight when pressed once and stops at once when pressed again. 143: SIGTERM.
+    """
     cfg = config.load(config_path, overrides)
     if print_config:
         print(json.dumps(cfg.model_dump(mode="json"), indent=2))
         return
     from vlcp_dist import pipeline, report
+    from vlcp_dist.data import storage
     from vlcp_dist.engine.progress import Progress, duration
 
     began = time.monotonic()
+    progress = Progress(interval=progress_interval, file=storage.locate(cfg.root) / "progress.json")
+    again = "what is done stays done: the same command goes on from here"
     try:
-        states = pipeline.run(cfg, Progress(interval=progress_interval))
-    except KeyboardInterrupt:
-        print("interrupted; what is done stays done: the same command goes on from here", file=sys.stderr)
+        with Interrupt() as interrupt:
+            states = pipeline.run(
+                cfg, progress,
+                only=only or (), max_units=max_units, retry_failed=retry_failed, interrupt=interrupt,
+            )  # fmt: skip
+    except Stopped:
+        print(f"stopped; {again}", file=sys.stderr)
         raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        print(f"interrupted; {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Terminated:
+        print(f"terminated; {again}", file=sys.stderr)
+        raise typer.Exit(143) from None
     page = report.write(cfg, states)
     _print_results(report.results(states))
+    if left := [f"{state.stage.name} ({_left(state)})" for state in states if not state.complete]:
+        print(f"not done yet: {', '.join(left)}")
     print(f"report: {page} (all of it in {duration(time.monotonic() - began)})")
 
 
 @app.command()
 def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What is cached, what would run, and how long one worker would need at the rates measured so far."""
+    """What is cached, what would run, and what it will take: GPU hours and bytes, at the rates measured so far."""
     from vlcp_dist.engine.progress import duration
 
-    rows = _summaries(config_path, overrides)
+    rows = [state.summary() for state in _states(config_path, overrides)]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("stage", "units cached", "units to run", "samples to run", "worker time", "folder")
+    table = Table(
+        "stage", "units cached", "units to run", "samples to run", "worker time", "GPU h", "GiB", "rate measured by"
+    )
     for row in rows:
         if row["units"] is None:
-            table.add_row(row["stage"], "?", "after the index", "?", "?", row["folder"])
+            table.add_row(row["stage"], "?", "after the index", *"?????")
             continue
-        seconds = row["worker_seconds_left"]
         left = row["units"] - row["done"]
-        needed = "no rate yet" if seconds is None else duration(seconds)
-        table.add_row(
-            row["stage"],
-            str(row["done"]),
-            str(left),
-            str(row["samples_left"]),
-            needed if left else "-",
-            row["folder"],
-        )
+        cells = ["-"] * 4
+        if left and row["rate_from"]:
+            size = "?" if row["bytes_left"] is None else f"{row['bytes_left'] / 2**30:.2f}"
+            hours = f"{row['gpu_hours_left']:.1f}" if row["device"] != "cpu" else "-"
+            cells = [duration(row["worker_seconds_left"]), hours, size, f"{row['rate_from']} on {row['device']}"]
+        elif left:
+            cells = ["?", "?", "?", "nothing yet"]
+        table.add_row(row["stage"], str(row["done"]), str(left), str(row["samples_left"]), *cells)
     _show(table)
+    if any(row["units"] is None for row in rows):
+        print("The index says which units there are: `vlcp run --only index` makes it.")
+    elif any(row["done"] < row["units"] and not row["rate_from"] for row in rows):
+        print("A trial measures the missing rates: `vlcp run --max-units 2`.")
 
 
 @app.command()
-def status(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """How far every stage is, from the markers and files on disk. Exit code 0 only if all of it is done."""
-    rows = _summaries(config_path, overrides)
+def status(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read every file again and compare its sha256")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How far every stage is, from the markers and files alone. Exit code 0 only if all of it is done and intact."""
+    states = _states(config_path, overrides)
+    rows = [state.summary() for state in states]
+    if verify:
+        for state, row in zip(states, rows, strict=True):
+            row["corrupt"] = {
+                f"{state.folder.path / file}": why for _, file, why in state.folder.verify(state.markers.values())
+            }
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -101,7 +152,12 @@ def status(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson
                 rate,
             )
         _show(table)
-    if any(row["units"] is None or row["done"] < row["units"] for row in rows):
+        for row in rows:
+            for unit, why in row["damaged"].items():
+                print(f"{row['stage']}: {unit} will be done again: {why}")
+            for file, why in row.get("corrupt", {}).items():
+                print(f"{row['stage']}: {file}: {why}; delete it and run again")
+    if any(row["units"] is None or row["done"] < row["units"] or row.get("corrupt") for row in rows):
         raise typer.Exit(1)
 
 
@@ -129,6 +185,10 @@ def main() -> None:
         sys.exit(_complain(error, code=2))
     except (InputError, StageFailed) as error:
         sys.exit(_complain(error, code=1))
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        sys.exit(_complain(f"{error}; mend that and run the same command again, what is done stays done", code=1))
 
 
 def _complain(error: object, code: int) -> int:
@@ -136,10 +196,14 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-def _summaries(config_path: str, overrides: list[str] | None) -> list[dict[str, Any]]:
+def _states(config_path: str, overrides: list[str] | None) -> "list[StageStatus]":
     from vlcp_dist import pipeline
 
-    return [state.summary() for state in pipeline.status(config.load(config_path, overrides))]
+    return pipeline.status(config.load(config_path, overrides))
+
+
+def _left(state: "StageStatus") -> str:
+    return "units not known yet" if state.units is None else f"{len(state.todo)} of {len(state.units)} units"
 
 
 def _show(table: Table) -> None:

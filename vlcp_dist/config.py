@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from upath import UPath
 
 from vlcp_dist.errors import ConfigError
 
@@ -21,6 +22,7 @@ PROMPT = (
     "Include details about its shape, posture, color, and any distinct features."
 )
 Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
+StageName = Literal["index", "caption", "pretrain", "encode", "prototypes", "synthesize", "baselines", "evaluate"]
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -36,8 +38,8 @@ class Section(BaseModel):
 class Data(Section):
     """Where the real images are and how they are split (METHOD: Classes)."""
 
-    source: Literal["digits", "imagefolder", "webdataset"]
-    path: str | None = None
+    source: Literal["digits", "imagefolder", "imagenet", "webdataset", "parquet"]
+    path: str | None = Field(None, description="a local folder, or a URL such as s3://bucket/imagenet")
     classes: list[str] | Literal["imagenette", "imagewoof", "imageidc", "imagenet100"] | None = None
     class_names: str | dict[str, str] | None = Field(None, description="a listing file, or {id: name}")
     image_size: int = Field(32, ge=8, description="pixels of the bundled digits; other sources keep their own")
@@ -171,17 +173,39 @@ class Evaluate(Section):
     evaluations: int = Field(100, ge=1, description="how often the test split is looked at in a training")
 
 
-class Engine(Section):
+class Placement(Section):
+    """What one worker (an actor) gets, and how many there are."""
+
+    workers: int | None = Field(None, ge=1, description="as many as the cluster holds when not given")
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="1 when the cluster has GPUs, when not given")
+    memory_per_worker: float | None = Field(None, gt=0, description="GiB that the scheduler reserves")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="custom Ray resources")
+    node_labels: dict[str, str] = Field({}, description="run only on nodes with these Ray labels")
+    unit_timeout: float | None = Field(None, gt=0, description="seconds a unit may take before its worker is replaced")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_or_a_share(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError("must be a share of one GPU (up to 1) or a whole number of GPUs")
+        return value
+
+
+class Engine(Placement):
     """Where the work runs. Nothing here changes a result."""
 
     kind: Literal["ray", "serial"] = "ray"
     address: str | None = None
-    workers: int | None = Field(None, ge=1, description="actors; as many as the cluster holds when not given")
-    cpus_per_worker: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="1 when the cluster has GPUs, when not given")
     max_retries: int = Field(2, ge=0, description="further attempts at a unit that raised an error")
-    unit_timeout: float | None = Field(None, gt=0, description="seconds")
-    start_timeout: float = Field(300, gt=0, description="seconds to wait for the first actor")
+    start_timeout: float = Field(300, gt=0, description="seconds to wait for the first worker of a stage")
+    stages: dict[StageName, Placement] = Field({}, description="what differs for a stage: {caption: {workers: 8}}")
+
+    def placement(self, stage: str) -> Placement:
+        """What a worker of this stage gets: what the stage sets itself, else what is set for all."""
+        common = {name: getattr(self, name) for name in Placement.model_fields}
+        own = self.stages.get(stage)  # type: ignore[call-overload]
+        return Placement(**common | (own.model_dump(exclude_unset=True) if own else {}))
 
 
 class Config(Section):
@@ -263,15 +287,15 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides (values are YAML) and validate.
+    """Read a YAML file (a path or a URL), apply `dotted.key=value` overrides (values are YAML) and validate.
 
     Raises:
         ConfigError: the file is missing or is not YAML, or a key or value is not valid.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = UPath(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read the config {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     try:

@@ -13,5 +13,5 @@ class StageFailed(RuntimeError):
     """A stage did not finish; the message says what failed, where it is written and what to do."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
+class Stopped(Exception):
     """A unit gave up midway because it was asked to; how far it came is saved."""

@@ -1,20 +1,22 @@
-"""The stages in their order: what is planned, what is done, and running what is left."""
+"""The stages in their order: what is done, and running what is left."""
 
-import json
+import hashlib
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from vlcp_dist.config import Config
 from vlcp_dist.data import storage
-from vlcp_dist.data.manifest import Marker, Unit
+from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Event
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.engine.serial import SerialEngine
-from vlcp_dist.errors import InputError, StageFailed
+from vlcp_dist.errors import InputError, StageFailed, Stopped
+from vlcp_dist.interrupt import Interrupt, Terminated
 from vlcp_dist.stages import (
     base,
     caption,
@@ -27,6 +29,9 @@ from vlcp_dist.stages import (
     synthesize,
 )
 from vlcp_dist.stages.index import check_sizes
+from vlcp_dist.status import StageStatus, failures, stage_status
+
+FAILURES_EVERY = 5.0  # seconds between writes of failures.jsonl
 
 
 def stages(cfg: Config) -> list[base.Stage]:
@@ -44,146 +49,181 @@ def stages(cfg: Config) -> list[base.Stage]:
     ]
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """How far a stage is. `units` is None as long as the index it follows from is not there."""
-
-    stage: base.Stage
-    folder: str
-    units: list[Unit] | None
-    markers: dict[str, Marker]
-
-    @property
-    def todo(self) -> list[Unit]:
-        return [unit for unit in self.units or [] if unit.name not in self.markers]
-
-    @property
-    def seconds_per_sample(self) -> float | None:
-        """The rate of one worker, measured by the units that are done."""
-        samples = sum(marker["n_in"] for marker in self.markers.values())
-        return sum(marker["seconds"] for marker in self.markers.values()) / samples if samples else None
-
-    def summary(self) -> dict[str, Any]:
-        rate = self.seconds_per_sample
-        left = sum(unit.size for unit in self.todo)
-        totals = {
-            name: sum(marker[name] for marker in self.markers.values())
-            for name in ("n_in", "n_ok", "n_failed", "seconds")
-        }
-        return {
-            "stage": self.stage.name,
-            "folder": self.folder,
-            "units": None if self.units is None else len(self.units),
-            "done": len(self.markers),
-            "samples": totals["n_in"],
-            "samples_ok": totals["n_ok"],
-            "samples_failed": totals["n_failed"],
-            "bytes": sum(f["bytes"] for marker in self.markers.values() for f in marker["files"].values()),
-            "worker_seconds": round(totals["seconds"], 1),
-            "samples_left": None if self.units is None else left,
-            "worker_seconds_left": None if rate is None or self.units is None else round(left * rate, 1),
-        }
-
-
 def status(cfg: Config) -> list[StageStatus]:
     """Every stage's state, from its markers and files alone."""
     plan = stages(cfg)
     run = base.make_run(cfg, plan)
-    return [_stage_status(run, stage) for stage in plan]
+    return [stage_status(run, stage) for stage in plan]
 
 
-def failures(statuses: list[StageStatus]) -> list[dict[str, str]]:
-    """Samples that were left out, each once, with the first stage that failed on it."""
-    first: dict[str, dict[str, str]] = {}
-    for item in statuses:
-        for marker in item.markers.values():
-            for failure in marker["failed"]:
-                first.setdefault(failure["key"], {"stage": item.stage.name, **failure})
-    return list(first.values())
+def run(
+    cfg: Config,
+    progress: Progress,
+    *,
+    only: Collection[str] = (),
+    max_units: int | None = None,
+    retry_failed: bool = False,
+    interrupt: Interrupt | None = None,
+) -> list[StageStatus]:
+    """Do all that is not done yet, or of it only some stages, or at most `max_units` units of each.
 
-
-def run(cfg: Config, progress: Progress) -> list[StageStatus]:
-    """Do all that is not done yet.
-
-    Where more samples failed before than `max_failed_samples`, the units that hold them are done again: whoever
-    runs the same command again has mended something. What had been made from such a unit is set aside if it changed.
+    Units that hold failed samples are done again with `retry_failed`, and also where more samples failed before than
+    `max_failed_samples`: whoever runs the same command again has mended something.
 
     Raises:
         StageFailed: a unit failed for good, or more samples failed than `max_failed_samples`; what is done stays done.
+        Stopped: `interrupt` asked for it; what was in flight is finished.
+        InputError: another run works on this root, or a stage that is needed first is not complete.
     """
     plan = stages(cfg)
+    _check_names(plan, only)
     context = base.make_run(cfg, plan)
+    root = storage.locate(cfg.root)
     try:
-        Path(cfg.root).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"root={cfg.root} cannot be written to: {error.strerror}; choose another") from error
-    states: list[StageStatus] = []
-    with storage.exclusive(Path(cfg.root) / "lock"), Engines(cfg) as engines:
-        retry_failed = len(failures([_stage_status(context, stage) for stage in plan])) > cfg.max_failed_samples
-        for stage in plan:
-            _run_stage(context, plan, stage, engines, progress, retry_failed=retry_failed)
-            if stage.name == "index":
-                check_sizes(cfg, context.index)
-            states.append(_stage_status(context, stage))
-            _check_failures(cfg, states)
-    return states
+        raise InputError(f"root={cfg.root} cannot be written to: {error.strerror or error}; choose another") from error
+    with storage.exclusive(root / "lock") as lease, Engines(cfg) as engines:
+
+        def should_stop() -> bool:
+            return lease.lost() or (interrupt is not None and interrupt.requested())
+
+        states = {stage.name: stage_status(context, stage) for stage in plan}
+        again = retry_failed or len(failures(states.values())) > cfg.max_failed_samples
+        outcome = "failed"
+        try:
+            for stage in plan:
+                if (only and stage.name not in only) or _waits(stage, states, only, progress):
+                    continue
+                _set_aside_stale(context, plan, states)
+                states[stage.name] = _run_stage(
+                    context, stage, engines, progress, states,
+                    again=again, max_units=max_units, should_stop=should_stop, interrupt=interrupt,
+                )  # fmt: skip
+                if lease.lost():
+                    raise StageFailed(f"another run has taken over {cfg.root}; this one ends. What is done stays done.")
+                if should_stop():
+                    raise Stopped(stage.name)
+                if stage.name == "index":
+                    check_sizes(cfg, context.index)
+                    states = {stage.name: stage_status(context, stage) for stage in plan}
+                _check_failures(cfg, list(states.values()))
+            outcome = "done" if all(state.complete for state in states.values()) else "incomplete"
+        except (Stopped, KeyboardInterrupt, Terminated):
+            outcome = "interrupted"
+            raise
+        finally:
+            progress.close(outcome)
+    return list(states.values())
+
+
+def _waits(stage: base.Stage, states: dict[str, StageStatus], only: Collection[str], progress: Progress) -> bool:
+    """Whether a stage that this one reads from is not complete, as after `max_units`."""
+    missing = [name for name in stage.upstream if name in states and not states[name].complete]
+    if missing and only:
+        raise InputError(
+            f"{stage.name} needs {' and '.join(missing)} to be complete first: run without --only, "
+            f"or with {' '.join(f'--only {name}' for name in missing)}"
+        )
+    if missing:
+        progress.say(f"{stage.name}: waits for {', '.join(missing)}")
+    return bool(missing)
+
+
+def _check_names(plan: list[base.Stage], only: Collection[str]) -> None:
+    """Refuse the name of a stage that this run does not have."""
+    names = [stage.name for stage in plan]
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"--only {unknown[0]}: no such stage in this run; it has {', '.join(names)}")
 
 
 def _run_stage(
     context: base.Run,
-    plan: list[base.Stage],
     stage: base.Stage,
     engines: "Engines",
     progress: Progress,
+    states: dict[str, StageStatus],
     *,
-    retry_failed: bool,
-) -> None:
-    """Do what is left of a stage, and what holds failed samples again if that is asked for."""
-    state = _stage_status(context, stage)
+    again: bool,
+    max_units: int | None,
+    should_stop: Callable[[], bool],
+    interrupt: Interrupt | None,
+) -> StageStatus:
+    """Do what is left of a stage, and what holds failed samples once more if that is asked for."""
+    state = stage_status(context, stage)
     folder = context.folders[stage.name]
-    again = {name: m for name, m in state.markers.items() if retry_failed and m["n_failed"]}
-    keep = {name: m for name, m in state.markers.items() if name not in again}
-    todo = [unit for unit in state.units or [] if unit.name not in keep]
+    redo = {name: marker for name, marker in state.markers.items() if again and marker["n_failed"]}
+    keep = {name: marker for name, marker in state.markers.items() if name not in redo}
+    todo = [
+        replace(unit, replaces=redo[unit.name]["finished"]) if unit.name in redo else unit
+        for unit in state.units or []
+        if unit.name not in keep
+    ][:max_units]
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
-        return
-    folder.open()
-    failed: list[Event] = []
+        return state
+    folder.open(inputs={name: _digests(states[name]) for name in stage.upstream if name in states})
+    failed: list[dict[str, str]] = []
+    written = time.monotonic()
 
     def on_event(event: Event) -> None:
+        nonlocal written
         progress.update(event)
-        before = again.get(event.unit.name)
-        if before and event.marker and event.marker["files"] != before["files"]:
-            _supersede_downstream(context, plan, stage)
         if event.kind == "failed":
-            failed.append(event)
-            _log_failure(folder.failures, event)
+            failed.append({"unit": event.unit.name, "message": event.message, "traceback": event.traceback})
+            if time.monotonic() - written > FAILURES_EVERY:
+                folder.write_failures(failed)
+                written = time.monotonic()
 
     try:
-        engines.run(context, stage, todo, on_event)
+        with interrupt.notify(folder.request_stop) if interrupt else nullcontext():
+            engines.run(context, stage, todo, on_event, should_stop)
     finally:
         progress.finish()
+        if failed:
+            folder.write_failures(failed)
+    state = stage_status(context, stage)
     if failed:
         raise StageFailed(
-            f"{stage.name}: {len(failed)} of {len(todo)} units failed; the first, {failed[0].unit.name}: "
-            f"{failed[0].message}\nAll are in {folder.failures}. What is done stays done: "
+            f"{stage.name}: {len(failed)} of {len(todo)} units failed; the first, {failed[0]['unit']}: "
+            f"{failed[0]['message']}\nAll are in {folder.path / 'failures.jsonl'}. What is done stays done: "
             f"mend the cause and run the same command again."
         )
-    if left := _stage_status(context, stage).todo:
+    if not should_stop() and (left := [unit.name for unit in todo if unit.name not in state.markers]):
         raise StageFailed(
             f"{stage.name}: {len(left)} units were reported done, but {folder.path} does not hold them; the first is "
-            f"{left[0].name}. root={context.cfg.root} must be storage that every node shares."
+            f"{left[0]}. root={context.cfg.root} must be storage that every node shares."
         )
+    return state
 
 
-def _supersede_downstream(context: base.Run, plan: list[base.Stage], changed: base.Stage) -> None:
-    """Set aside what was made from a stage whose files have changed. At once: a later kill must not leave it."""
-    stale = {changed.name}
+def _digests(state: StageStatus) -> dict[str, str]:
+    """What of each finished unit decides whether that which was made from it still holds: its failed samples.
+
+    Not its bytes: another GPU gives other last digits, and a file that was lost and made again must cost no more.
+    """
+    return {
+        name: hashlib.sha256("\n".join(sorted(f["key"] for f in marker["failed"])).encode()).hexdigest()[:16]
+        for name, marker in state.markers.items()
+    }
+
+
+def _set_aside_stale(context: base.Run, plan: list[base.Stage], states: dict[str, StageStatus]) -> None:
+    """Set aside the stages made from units that have been done again with another outcome, and what follows from them.
+
+    The last stage first: a kill on the way leaves the first one to be found stale by the next run.
+    """
+    stale: set[str] = set()
     for stage in plan:
-        if stale & set(stage.upstream):
+        before = context.folders[stage.name].inputs() or {}
+        now = {name: _digests(states[name]) for name in before if name in states}
+        changed = any(now[name].get(unit, digest) != digest for name in now for unit, digest in before[name].items())
+        if before and (changed or stale & set(stage.upstream)):
             stale.add(stage.name)
-            if context.folders[stage.name].path.exists():
-                context.folders[stage.name].supersede()
+    for stage in reversed(plan):
+        if stage.name in stale:
+            context.folders[stage.name].supersede()
+            states[stage.name] = stage_status(context, stage)
 
 
 class Engines:
@@ -197,7 +237,14 @@ class Engines:
     def __enter__(self) -> "Engines":
         return self
 
-    def run(self, context: base.Run, stage: base.Stage, units: list[Unit], on_event: Callable[[Event], None]) -> None:
+    def run(
+        self,
+        context: base.Run,
+        stage: base.Stage,
+        units: list[Unit],
+        on_event: Callable[[Event], None],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         if self._engine is None:
             self._engine = self._start()
         job = stage.job(context)
@@ -206,7 +253,7 @@ class Engines:
             for unit in units:
                 stage.launch(context, job, unit, on_event)
         else:
-            self._engine.run(job, units, on_event)
+            self._engine.run(job, units, on_event, should_stop)
 
     def _start(self) -> Any:
         engine = self._cfg.engine
@@ -221,14 +268,7 @@ class Engines:
             address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
             ray.init(address=address, logging_level=logging.WARNING)
             self._started_ray = True
-        return RayEngine(
-            workers=engine.workers,
-            cpus_per_worker=engine.cpus_per_worker,
-            gpus_per_worker=engine.gpus_per_worker,
-            max_retries=engine.max_retries,
-            unit_timeout=engine.unit_timeout,
-            start_timeout=engine.start_timeout,
-        )
+        return RayEngine(max_retries=engine.max_retries, start_timeout=engine.start_timeout)
 
     def __exit__(self, *_: object) -> None:
         if self._engine is not None:
@@ -237,13 +277,6 @@ class Engines:
             import ray
 
             ray.shutdown()
-
-
-def _stage_status(context: base.Run, stage: base.Stage) -> StageStatus:
-    folder = context.folders[stage.name]
-    known = stage.name == "index" or context.folders["index"].marker("index") is not None
-    units = stage.units(context) if known else None
-    return StageStatus(stage, str(folder.path), units, folder.done(units or []))
 
 
 def _check_failures(cfg: Config, states: list[StageStatus]) -> None:
@@ -255,9 +288,3 @@ def _check_failures(cfg: Config, states: list[StageStatus]) -> None:
             f"{len(failed)} samples failed, more than max_failed_samples={cfg.max_failed_samples}:\n{listed}{more}\n"
             f"Mend the files and run the same command again, or raise max_failed_samples; what is done stays done."
         )
-
-
-def _log_failure(path: Path, event: Event) -> None:
-    with path.open("a") as file:
-        record = {"unit": event.unit.name, "message": event.message, "traceback": event.traceback}
-        file.write(json.dumps(record) + "\n")

@@ -4,18 +4,19 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vlcp_dist.config import Config
-from vlcp_dist.data.classes import ClassInfo, SourceError
-from vlcp_dist.data.images import BadImage, to_array
-from vlcp_dist.pipeline import StageStatus, stages
+from vlcp_dist.data import storage
+from vlcp_dist.data.classes import ClassInfo
+from vlcp_dist.data.index import Row
+from vlcp_dist.pipeline import stages
 from vlcp_dist.report.pictures import TILE, TINY, blank, contact_sheet, data_uri, tile
 from vlcp_dist.stages.base import make_run
 from vlcp_dist.stages.synthesize import image_path
+from vlcp_dist.status import StageStatus
 
 SHOWN_CLASSES = 20
 SHOWN_CLUSTERS = 10
@@ -33,6 +34,7 @@ class Material:
         self.tile_size = min(TILE, cfg.synthesize.image_size)
         self.table = cache(self._table)
         self.real = cache(self._real)
+        self.rows = cache(self._rows)
 
     @property
     def indexed(self) -> bool:
@@ -48,8 +50,7 @@ class Material:
 
     @cached_property
     def split_sizes(self) -> dict[str, int]:
-        index = self._run.index
-        return {name: sum(1 for _ in index.split(name)) for name in ("train", "validation", "test")}
+        return self._run.index.split_sizes
 
     @cached_property
     def files(self) -> dict[str, set[str]]:
@@ -59,14 +60,14 @@ class Material:
             for name, state in self.states.items()
         }
 
-    def path(self, stage: str) -> Path:
-        return Path(self.states[stage].folder)
+    def path(self, stage: str) -> storage.Location:
+        return self.states[stage].folder.path
 
     def distilled(self, strategy: str, ipc: int, class_id: str, cluster: int) -> Image.Image | None:
         name = image_path(strategy, ipc, class_id, cluster)
         if name not in self.files.get("synthesize", ()):
             return None
-        with Image.open(self.path("synthesize") / name) as image:
+        with (self.path("synthesize") / name).open("rb") as file, Image.open(file) as image:
             return tile(image)
 
     def ipcs_with(self, stage: str, strategy: str = "") -> list[int]:
@@ -82,15 +83,17 @@ class Material:
         table: dict[str, Any] = json.loads((self.path("prototypes") / name).read_text())
         return table
 
+    def _rows(self, class_id: str) -> list[Row]:
+        return self._run.index.of_class(class_id)
+
     def _real(self, class_id: str, key: str) -> Image.Image:
         """A training image as the method saw it (squashed or cropped), the size of a tile; grey if it is gone."""
-        row = next(row for row in self._run.index.by_class[class_id] if row.key == key)
-        try:
-            pixels = to_array(self._run.decode(row), self.tile_size, crop=self.cfg.encode.resize)
-        except (BadImage, SourceError) as error:
-            self.unreadable[key] = str(error)
+        row = next(row for row in self.rows(class_id) if row.key == key)
+        _, arrays, failed = self._run.arrays(self._run.read([row]), self.tile_size, crop=self.cfg.encode.resize)
+        if failed:
+            self.unreadable[key] = failed[0].reason
             return blank(self.tile_size)
-        return Image.fromarray(pixels.transpose(1, 2, 0))
+        return Image.fromarray(arrays[0].transpose(1, 2, 0))
 
 
 def not_shown(material: Material, stage: str, below: str = "") -> str | None:

@@ -5,17 +5,18 @@ import platform
 import shlex
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlcp_dist.config import Config
-from vlcp_dist.pipeline import StageStatus, failures
+from vlcp_dist.data import storage
 from vlcp_dist.report import figures, material, tables
 from vlcp_dist.report.material import Material
 from vlcp_dist.report.results import results, summarize
+from vlcp_dist.status import StageStatus, failures
 
 LONG = ("curve", "per_class", "classes")  # stay in the records of the evaluate and baselines folders
 PACKAGES = ("vlcp-dist", "torch", "diffusers", "transformers", "accelerate", "ray", "numpy", "scikit-learn")
@@ -30,20 +31,19 @@ PRETRAIN = {
 }
 
 
-def write(cfg: Config, states: list[StageStatus]) -> Path:
+def write(cfg: Config, states: list[StageStatus]) -> storage.Location:
     """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
 
     The page loads nothing from elsewhere. The same run gives the same page.
     """
-    folder = Path(cfg.root) / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = storage.locate(cfg.root) / "report"
     records = results(states)
     short = [{name: value for name, value in record.items() if name not in LONG} for record in records]
-    (folder / "results.json").write_text(json.dumps(short, indent=1) + "\n")
+    storage.write(folder / "results.json", (json.dumps(short, indent=1) + "\n").encode())
     settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(settings)
+    storage.write(folder / "config.yaml", settings.encode())
     page = folder / "index.html"
-    page.write_text(_render(_context(cfg, states, records, settings)), encoding="utf-8")
+    storage.write(page, _render(_context(cfg, states, records, settings)).encode())
     return page
 
 
@@ -154,7 +154,7 @@ def _loss(found: Material) -> dict[str, Any] | None:
 def _stage_row(state: StageStatus) -> dict[str, Any]:
     row = state.summary()
     rate = row["samples"] / row["worker_seconds"] if row["worker_seconds"] else None
-    return {**row, "folder": Path(row["folder"]).name, "rate": rate}
+    return {**row, "folder": state.folder.path.name, "rate": rate}
 
 
 def _metrics(found: Material) -> list[tuple[str, str]]:

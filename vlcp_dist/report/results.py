@@ -2,26 +2,26 @@
 
 import json
 from itertools import groupby
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from vlcp_dist.pipeline import StageStatus
+from vlcp_dist.data import storage
+from vlcp_dist.status import StageStatus
 
 METHOD_ORDER = ("full", "random", "k-center", "herding", "L", "L+FK", "GGS", "DCS", "DCS-shuffled")
 
 
 def results(states: list[StageStatus]) -> list[dict[str, Any]]:
     """The record that each finished training left, ordered by IPC, method, net and seed."""
-    records = [
-        json.loads((Path(state.folder) / name).read_text())
+    paths = [
+        state.folder.path / name
         for state in states
         if state.stage.name in ("baselines", "evaluate")
         for marker in state.markers.values()
         for name in marker["files"]
         if name.endswith(".json")
     ]
-    return sorted(records, key=_order)
+    return sorted((json.loads(data) for data in storage.fetch(paths)), key=_order)
 
 
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

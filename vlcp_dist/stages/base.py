@@ -1,19 +1,19 @@
 """What every stage is made of: its description, and a run's view of the files that earlier stages left."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from vlcp_dist.config import Config, fingerprint
-from vlcp_dist.data import shards
+from vlcp_dist.data import shards, storage
 from vlcp_dist.data.images import BadImage, decode, to_array
 from vlcp_dist.data.index import Index, Row
 from vlcp_dist.data.manifest import Failure, StageFolder, Unit
-from vlcp_dist.data.sources import Source, open_source
-from vlcp_dist.engine.executor import Job, Worker
+from vlcp_dist.data.sources import Source, SourceError, open_source
+from vlcp_dist.engine.executor import Job, Resources, Worker
+
+Encoded = bytes | BadImage
 
 
 class Run:
@@ -41,7 +41,7 @@ class Run:
     @property
     def diffusion_model(self) -> str:
         """The model of this run: the user's, or the folder that the pretrain stage made."""
-        return self.cfg.diffusion.model or str(self.folders["pretrain"].path / "model")
+        return self.cfg.diffusion.model or str(storage.local(self.folders["pretrain"].path / "model"))
 
     def latents(self, shard_names: Iterable[str]) -> shards.Arrays:
         """Latents by sample key, fp16 (4, h, w), memory-mapped."""
@@ -54,30 +54,49 @@ class Run:
             key: parts["txt"].decode() for name in shard_names for key, parts in shards.read(folder / f"{name}.tar")
         }
 
-    def images(
-        self, rows: Iterable[Row], size: int, *, crop: Literal["squash", "center"]
-    ) -> tuple[list[Row], list[Any], list[Failure]]:
-        """Real images as uint8 arrays (3, size, size), those rows that could be read, and the others with a reason."""
-        good, arrays, failed = [], [], []
-        for row in rows:
+    def read(self, rows: Iterable[Row]) -> list[tuple[Row, Encoded]]:
+        """The encoded image of every row, or why it cannot be had.
+
+        Raises:
+            OSError: the storage failed in a way that is worth another attempt.
+        """
+        rows = list(rows)
+        result: list[tuple[Row, Encoded]] = []
+        for row, data in zip(rows, self.source.read([row.ref for row in rows]), strict=True):
+            if isinstance(data, FileNotFoundError):
+                result.append((row, BadImage(f"is gone: {data}")))
+            elif isinstance(data, SourceError):
+                result.append((row, BadImage(str(data))))
+            elif isinstance(data, OSError):
+                raise data
+            else:
+                result.append((row, data))
+        return result
+
+    def decode(self, encoded: Iterable[tuple[Row, Encoded]]) -> tuple[list[Row], list[Any], list[Failure]]:
+        """RGB images, the rows they belong to, and those that cannot be decoded, with a reason."""
+        good, images, failed = [], [], []
+        for row, data in encoded:
             try:
-                arrays.append(to_array(self.decode(row), size, crop=crop))
+                if isinstance(data, BadImage):
+                    raise data
+                images.append(decode(data, max_pixels=self.cfg.data.max_pixels))
                 good.append(row)
             except BadImage as error:
                 failed.append(Failure(row.key, str(error), row.ref))
+        return good, images, failed
+
+    def arrays(
+        self, encoded: Iterable[tuple[Row, Encoded]], size: int, *, crop: Literal["squash", "center"]
+    ) -> tuple[list[Row], list[Any], list[Failure]]:
+        """As `decode`, but uint8 arrays (3, size, size)."""
+        good, arrays, failed = [], [], []
+        for item in encoded:  # one by one: decoded photographs are large
+            rows, images, bad = self.decode([item])
+            good += rows
+            arrays += [to_array(image, size, crop=crop) for image in images]
+            failed += bad
         return good, arrays, failed
-
-    def decode(self, row: Row) -> Any:
-        """The image of a row, RGB.
-
-        Raises:
-            BadImage: it cannot be read as an image.
-        """
-        try:
-            data = self.source.read(row.ref)
-        except FileNotFoundError as error:  # other errors of the storage are worth another attempt
-            raise BadImage(f"is gone: {error}") from error
-        return decode(data, max_pixels=self.cfg.data.max_pixels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"cfg": self.cfg, "folders": self.folders}
@@ -87,7 +106,8 @@ class Run:
 class Stage:
     """A step of the pipeline. `content` is the part of the configuration that its results depend on.
 
-    Raise `version` when the code comes to give other results for the same configuration.
+    `work` weighs a unit for estimates of time. Raise `version` when the code comes to give other results for the same
+    configuration.
     """
 
     name: str
@@ -97,15 +117,25 @@ class Stage:
     worker: Callable[[Run], Worker]
     threads: Callable[[Config], int] = lambda _: 1
     launch: Callable[..., None] | None = None  # runs (run, job, unit, on_event) on Ray instead of the pool
+    work: Callable[[Unit], float] = lambda unit: unit.size
     version: int = 1
 
     def job(self, run: Run) -> Job:
-        return Job(self.name, run.folders[self.name], self.worker, run, self.threads(run.cfg))
+        placed, threads = run.cfg.engine.placement(self.name), self.threads(run.cfg)
+        resources = Resources(
+            workers=placed.workers,
+            cpus=max(placed.cpus_per_worker, threads),
+            gpus=placed.gpus_per_worker,
+            memory=int((placed.memory_per_worker or 0) * 2**30),
+            custom=placed.resources,
+            labels=placed.node_labels,
+        )
+        return Job(self.name, run.folders[self.name], self.worker, run, threads, resources, placed.unit_timeout)
 
 
 def make_run(cfg: Config, stages: list[Stage]) -> Run:
     """Name every stage's folder by what its results depend on: its own configuration and all that is upstream."""
-    root = Path(os.path.abspath(cfg.root))  # noqa: PTH100 - workers have another working directory
+    root = storage.locate(cfg.root)
     names: dict[str, str] = {}
     plans = {}
     for stage in stages:
@@ -125,6 +155,13 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """The GPU's name, or cpu: what a measured rate was measured on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def dtype(name: str) -> str:

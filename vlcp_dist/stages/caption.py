@@ -5,16 +5,15 @@ from collections import Counter
 
 from vlcp_dist.config import content
 from vlcp_dist.data import shards
-from vlcp_dist.data.images import BadImage
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.models.captioner import Caption, load_captioner
 from vlcp_dist.ops.text import clean_description
-from vlcp_dist.stages.base import Run, Stage, device, dtype
+from vlcp_dist.stages.base import Encoded, Run, Stage, device, dtype
 
 
 def units(run: Run) -> list[Unit]:
-    return [Unit(name, size=len(rows)) for name, rows in run.index.shards.items()]
+    return [Unit(name, size=size) for name, size in run.index.shards.items()]
 
 
 class Worker:
@@ -34,14 +33,17 @@ class Worker:
             seed=run.cfg.seed,
         )
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> list[tuple[Row, Encoded]]:
+        return self._run.read(self._run.index.shard(unit.name))
+
+    def process(self, unit: Unit, data: list[tuple[Row, Encoded]]) -> Outcome:
         """`<shard>.tar` with `key.txt` (cleaned description) and `key.json` (as generated, tokens, finish reason)."""
-        rows, size = self._run.index.shards[unit.name], self._run.cfg.caption.batch_size
+        size = self._run.cfg.caption.batch_size
         samples: list[tuple[str, dict[str, bytes]]] = []
         failed: list[Failure] = []
         counts = Counter[str]()
-        for start in range(0, len(rows), size):
-            for row, caption in self._describe(rows[start : start + size], failed):
+        for start in range(0, len(data), size):
+            for row, caption in self._describe(data[start : start + size], failed):
                 text = clean_description(caption.text)
                 if not text:
                     failed.append(Failure(row.key, "empty description", row.ref))
@@ -55,16 +57,11 @@ class Worker:
         info = {**counts, "dtype": dtype(self._run.cfg.caption.dtype)}
         return Outcome({f"{unit.name}.tar": shards.pack(samples)}, unit.size, failed, info)
 
-    def _describe(self, rows: list[Row], failed: list[Failure]) -> list[tuple[Row, Caption]]:
-        good, images = [], []
-        for row in rows:
-            try:
-                images.append(self._run.decode(row))
-                good.append(row)
-            except BadImage as error:
-                failed.append(Failure(row.key, str(error), row.ref))
-        names = [self._run.index.names[row.class_id] for row in good]
-        return list(zip(good, self._captioner.describe(images, names), strict=True))
+    def _describe(self, encoded: list[tuple[Row, Encoded]], failed: list[Failure]) -> list[tuple[Row, Caption]]:
+        rows, images, bad = self._run.decode(encoded)
+        failed += bad
+        names = [self._run.index.names[row.class_id] for row in rows]
+        return list(zip(rows, self._captioner.describe(images, names), strict=True))
 
 
 STAGE = Stage("caption", upstream=("index",), content=lambda cfg: content(cfg.caption), units=units, worker=Worker)

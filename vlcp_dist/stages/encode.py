@@ -10,7 +10,7 @@ from vlcp_dist.data import shards
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.models.diffusion import encode_images, image_seed, load_vae
-from vlcp_dist.stages.base import Run, Stage, device, dtype
+from vlcp_dist.stages.base import Encoded, Run, Stage, device, dtype
 from vlcp_dist.stages.caption import units
 
 
@@ -24,14 +24,16 @@ class Worker:
             dtype=getattr(torch, dtype(run.cfg.diffusion.dtype)),
         )
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> list[tuple[Row, Encoded]]:
+        return self._run.read(self._run.index.shard(unit.name))
+
+    def process(self, unit: Unit, data: list[tuple[Row, Encoded]]) -> Outcome:
         """`<shard>.tar` with `key.npy`: the posterior's mean (or a sample) times the scaling factor, fp16 (4, h, w)."""
         cfg = self._run.cfg.encode
         samples: list[tuple[str, dict[str, bytes]]] = []
         failed: list[Failure] = []
-        rows = self._run.index.shards[unit.name]
-        for start in range(0, len(rows), cfg.batch_size):
-            good, images, bad = self._run.images(rows[start : start + cfg.batch_size], cfg.image_size, crop=cfg.resize)
+        for start in range(0, len(data), cfg.batch_size):
+            good, images, bad = self._run.arrays(data[start : start + cfg.batch_size], cfg.image_size, crop=cfg.resize)
             failed += bad
             for row, z in self._encode(good, images, failed):
                 samples.append((row.key, {"npy": shards.to_npy(z)}))

@@ -1,6 +1,7 @@
 """evaluate and baselines: train classifiers on distilled or on chosen real images, test them on real ones."""
 
 import hashlib
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from vlcp_dist.config import REAL_METHODS, Config, content
+from vlcp_dist.data import storage
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.models import classifiers
@@ -19,6 +21,7 @@ from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
 from vlcp_dist.stages.base import Run, Stage, class_shards, device
 from vlcp_dist.stages.synthesize import image_path
 
+READ_AT_ONCE = 256  # images
 FULL = 0  # the IPC that stands for all the real training images
 
 
@@ -27,18 +30,18 @@ def distilled_units(run: Run) -> list[Unit]:
         unit
         for method in run.cfg.synthesize.strategies
         for ipc in run.cfg.ipc
-        for unit in _trainings(run, method, ipc, images=ipc * len(run.index.by_class))
+        for unit in _trainings(run, method, ipc, images=ipc * len(run.index.class_sizes))
     ]
 
 
 def baseline_units(run: Run) -> list[Unit]:
-    everything = len(list(run.index.split("train")))
+    everything = run.index.split_sizes["train"]
     return [
         unit
         for method in run.cfg.evaluate.baselines
         for ipc in ([FULL] if method == "full" else run.cfg.ipc)
         for unit in _trainings(
-            run, method, ipc, images=everything if method == "full" else ipc * len(run.index.by_class)
+            run, method, ipc, images=everything if method == "full" else ipc * len(run.index.class_sizes)
         )
     ]
 
@@ -63,7 +66,7 @@ def _epochs(run: Run, ipc: int) -> int:
         return epochs[ipc]
     if epochs is not None:
         return epochs
-    largest = max(len(rows) for rows in run.index.by_class.values())
+    largest = max(run.index.class_sizes.values())
     return published_epochs(largest if ipc == FULL else ipc, len(run.index.classes))
 
 
@@ -82,16 +85,21 @@ class Worker:
             raise ValueError(f"the {cfg.split} split holds no image; see data.validation and data.test")
         self._test, self._test_labels, self._failed = self._load(rows)
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Distilled images and labels. Real ones are chosen by arithmetic, which is left to `process`."""
+        method, ipc = unit.payload["method"], unit.payload["ipc"]
+        return None if method in REAL_METHODS else self._distilled(method, ipc)
+
+    def process(self, unit: Unit, distilled: tuple[torch.Tensor, torch.Tensor] | None) -> Outcome:
         """`<method>/ipc=<ipc>/<net>/epochs=<epochs>/seed=<seed>.json`: protocol, best and last top-1, curve.
 
         The net trained on all real images is kept beside its record: it says how many distilled ones it recognises.
         """
         method, ipc, net, epochs, seed = (unit.payload[k] for k in ("method", "ipc", "net", "epochs", "seed"))
-        if method in REAL_METHODS:
+        if distilled is None:
             images, labels, failed = self._load(self._choose(method, ipc, seed))
         else:
-            images, labels, failed = *self._distilled(method, ipc), []
+            images, labels, failed = *distilled, []
         classes = self._run.index.classes
         result, trained = train(
             images,
@@ -135,8 +143,9 @@ class Worker:
         model = classifiers.build(
             net, num_classes=len(self._run.index.classes), image_size=cfg.image_size, width=cfg.width, seed=seed
         )
-        weights = self._run.folders["baselines"].path / _name("full", FULL, net, _epochs(self._run, FULL), seed)
-        model.load_state_dict(load_file(f"{weights}.safetensors"))
+        name = _name("full", FULL, net, _epochs(self._run, FULL), seed)
+        weights = self._run.folders["baselines"].path / f"{name}.safetensors"
+        model.load_state_dict(load(weights.read_bytes()))
         return model
 
     def _protocol(self, net: str, epochs: int) -> Protocol:
@@ -159,8 +168,9 @@ class Worker:
 
     def _distilled(self, method: str, ipc: int) -> tuple[torch.Tensor, torch.Tensor]:
         folder = self._run.folders["synthesize"].path
-        names = [(class_id, c) for class_id in self._run.index.by_class for c in range(ipc)]
-        arrays = [np.asarray(Image.open(folder / image_path(method, ipc, class_id, c))) for class_id, c in names]
+        names = [(class_id, c) for class_id in self._run.index.class_sizes for c in range(ipc)]
+        encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in names])
+        arrays = [np.asarray(Image.open(io.BytesIO(data))) for data in encoded]
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
 
@@ -169,7 +179,8 @@ class Worker:
         if method == "full":
             return list(self._run.index.split("train"))
         chosen = []
-        for class_id, rows in self._run.index.by_class.items():
+        for class_id in self._run.index.class_sizes:
+            rows = self._run.index.of_class(class_id)
             latents = self._run.latents(class_shards(rows))
             usable = [row for row in rows if row.key in latents]
             if method == "random":
@@ -194,11 +205,13 @@ class Worker:
         pixels = np.empty((len(rows), 3, size, size), np.uint8)
         labels: list[int] = []
         failed: list[Failure] = []
-        for row in rows:
-            good, arrays, bad = self._run.images([row], size, crop="center")
+        for start in range(0, len(rows), READ_AT_ONCE):
+            good, arrays, bad = self._run.arrays(
+                self._run.read(rows[start : start + READ_AT_ONCE]), size, crop="center"
+            )
             failed += bad
-            if good:
-                pixels[len(labels)] = arrays[0]
+            for row, array in zip(good, arrays, strict=True):
+                pixels[len(labels)] = array
                 labels.append(self._run.index.labels[row.class_id])
         return torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels), failed
 
@@ -209,6 +222,10 @@ def _available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def _work(unit: Unit) -> float:
+    return float(unit.size * unit.payload["epochs"])
 
 
 def _evaluate_content(cfg: Config) -> object:
@@ -224,6 +241,7 @@ BASELINES = Stage(
     content=lambda cfg: content(cfg.evaluate),
     units=baseline_units,
     worker=Worker,
+    work=_work,
 )
 EVALUATE = Stage(
     "evaluate",
@@ -231,4 +249,5 @@ EVALUATE = Stage(
     content=_evaluate_content,
     units=distilled_units,
     worker=Worker,
+    work=_work,
 )

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ from vlcp_dist.config import Finetune, content
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.engine.executor import Event, Executor, Job
-from vlcp_dist.errors import InputError
-from vlcp_dist.stages.base import Run, Stage, dtype
+from vlcp_dist.errors import InputError, Stopped
+from vlcp_dist.stages.base import Run, Stage, device_name, dtype
 
 CHECKPOINT = "checkpoint.safetensors"
 TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
 
 
 def units(run: Run) -> list[Unit]:
-    return [Unit("unet", size=len(list(run.index.split("train"))))]
+    return [Unit("unet", size=run.index.split_sizes["train"])]
 
 
 @dataclass(frozen=True)
@@ -74,28 +75,37 @@ class Worker:
         self._run = run
         self._scratch = tempfile.TemporaryDirectory(prefix="vlcp-finetune-")
 
-    def process(self, unit: Unit) -> Outcome:
-        """`unet/` (diffusers layout, the EMA weights) and `training.json` (loss and learning rate per step)."""
+    def read(self, unit: Unit) -> None:
+        """It reads batch by batch, and there is one unit only."""
+
+    def process(self, unit: Unit, _: None) -> Outcome:
+        """`unet/` (diffusers layout, the EMA weights) and `training.json` (loss and learning rate per step).
+
+        Raises:
+            Stopped: it was asked to stop; a checkpoint holds everything up to this step.
+        """
         run, cfg = self._run, self._run.cfg.finetune
         shards = list(run.index.shards)
         latents, descriptions = run.latents(shards), run.descriptions(shards)
-        rows = [r for r in run.index.split("train") if r.key in latents and r.key in descriptions]
-        failed = [
-            Failure(r.key, "no latent or no description", r.ref)
-            for r in run.index.split("train")
-            if r.key not in latents or r.key not in descriptions
-        ]
+        rows, failed = [], []
+        for row in run.index.split("train"):
+            if row.key in latents and row.key in descriptions:
+                rows.append(row)
+            else:
+                failed.append(Failure(row.key, "no latent or no description", row.ref))
         trainer = Trainer(
             run.diffusion_model,
             cfg,
             revision=run.cfg.diffusion.revision,
             precision=dtype(run.cfg.diffusion.dtype),
         )
-        checkpoint = run.folders["finetune"].path / CHECKPOINT
+        folder = run.folders["finetune"]
+        checkpoint = folder.path / CHECKPOINT
         trainer.resume(checkpoint)
         resumed_at = trainer.step_number
         shape = latents[rows[0].key].shape
         steps = cfg.epochs * math.ceil(len(rows) / cfg.batch_size)
+        began = time.monotonic()
         for batch in batches(
             len(rows), shape=shape, epochs=cfg.epochs, batch_size=cfg.batch_size, text_dropout=cfg.text_dropout,
             seed=run.cfg.seed, rank=trainer.rank, world=trainer.world, start=trainer.step_number,
@@ -104,20 +114,27 @@ class Worker:
             texts = [
                 descriptions[rows[i].key] if keep else "" for i, keep in zip(batch.rows, batch.keep_text, strict=True)
             ]
-            loss = trainer.step(z, texts, batch)
+            loss = trainer.step(z, texts, batch, stop=trainer.rank == 0 and folder.stop_requested())
             if not math.isfinite(loss):
                 keys = [rows[i].key for i in batch.rows]
                 raise ValueError(
                     f"finetune: the loss is {loss} at step {trainer.step_number}, samples {keys[:8]}; "
                     f"lower finetune.learning_rate or use diffusion.dtype=float32"
                 )
+            unfinished = trainer.step_number < steps
             if trainer.rank == 0:
-                run.folders["finetune"].heartbeat("unet", trainer.step_number, steps, loss)
-                if trainer.step_number % cfg.checkpoint_every == 0 and trainer.step_number < steps:
+                rate = (time.monotonic() - began) / (trainer.step_number - resumed_at)
+                folder.heartbeat(
+                    "unet", trainer.step_number, steps,
+                    loss=loss, seconds_per_step=round(rate, 4), device=device_name(),
+                )  # fmt: skip
+                if unfinished and (trainer.stopping or trainer.step_number % cfg.checkpoint_every == 0):
                     trainer.save(checkpoint, Path(self._scratch.name))
-        folder = Path(self._scratch.name)
-        trainer.export(folder / "unet")
-        files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in sorted((folder / "unet").iterdir())}
+            if unfinished and trainer.stopping:
+                raise Stopped(f"stopped after step {trainer.step_number} of {steps}")
+        scratch = Path(self._scratch.name)
+        trainer.export(scratch / "unet")
+        files: dict[str, bytes | Path] = {f"unet/{path.name}": path for path in sorted((scratch / "unet").iterdir())}
         files["training.json"] = (json.dumps(trainer.history()) + "\n").encode()
         n_in = len(rows) + len(failed)
         return Outcome(
@@ -161,12 +178,14 @@ class Trainer:
         self._unet, self._optimizer = self.accelerator.prepare(unet, optimizer)
         self._unet.train()
         self.step_number = 0
+        self.stopping = False
         self._losses: list[float] = []
 
-    def step(self, latents: torch.Tensor, texts: list[str], batch: Batch) -> float:
+    def step(self, latents: torch.Tensor, texts: list[str], batch: Batch, *, stop: bool = False) -> float:
         """One optimizer step on this process's samples; returns the loss of the whole global batch.
 
-        Eq. 1: the mean over samples of |eps_theta(z_t, c) - eps|^2.
+        Eq. 1: the mean over samples of |eps_theta(z_t, c) - eps|^2. `stopping` is true afterwards, in every process,
+        if any of them said `stop`.
         """
         device = self.accelerator.device
         for group in self._optimizer.param_groups:
@@ -196,11 +215,13 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._ema.step(self.accelerator.unwrap_model(self._unet).parameters())
         self.step_number += 1
-        value = float(self.accelerator.reduce(total, "mean"))
+        reduced = self.accelerator.reduce(torch.stack([total, torch.tensor(float(stop), device=device)]), "mean")
+        value, stopping = reduced.tolist()
+        self.stopping = stopping > 0
         self._losses.append(value)
         return value
 
-    def save(self, path: Path, scratch: Path) -> None:
+    def save(self, path: storage.Location, scratch: Path) -> None:
         """Everything that the next step depends on, in one file that appears whole or not at all."""
         from safetensors.torch import save_file
 
@@ -217,14 +238,17 @@ class Trainer:
         save_file({name: t.contiguous() for name, t in tensors.items()}, local, metadata)
         storage.write(path, local)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: storage.Location) -> None:
         """Go on from a checkpoint, if there is one."""
         from safetensors import safe_open
 
         if not path.exists():
             return
         unet = self.accelerator.unwrap_model(self._unet)
-        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file, torch.no_grad():
+        with (
+            safe_open(storage.local(path), framework="pt", device=str(self.accelerator.device)) as file,
+            torch.no_grad(),
+        ):
             metadata = file.metadata()
             step = int(metadata["step"])
             if self.accelerator.scaler is not None:
@@ -284,7 +308,8 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
         # A worker that is lost costs the steps since the last checkpoint.
         run_config=RunConfig(
             name="ray_train",
-            storage_path=str(job.folder.path),
+            storage_path=_path_in_its_filesystem(job.folder.path),
+            storage_filesystem=_filesystem(job.folder.path),
             failure_config=FailureConfig(max_failures=run.cfg.engine.max_retries),
         ),
     )
@@ -296,18 +321,36 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
         message = f"{type(cause).__name__}: {getattr(cause, 'cause', cause)}"
         on_event(Event("failed", unit, message=message, traceback=str(error)))
         return
-    on_event(Event("done", unit, marker=job.folder.marker(unit.name)))
+    marker = job.folder.marker(unit.name)
+    if marker is None and job.folder.stop_requested():
+        on_event(Event("stopped", unit))
+    else:
+        on_event(Event("done", unit, marker=marker))
 
 
 def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
     job, unit = config["job"], config["unit"]
-    if ray.train.get_context().get_world_rank() == 0:
-        Executor().process(job, unit)
-    else:
-        torch.set_num_threads(job.threads)
-        job.make_worker(job.argument).process(unit)
+    with suppress(Stopped):  # an exception would be a failure, and Ray Train would try again
+        if ray.train.get_context().get_world_rank() == 0:
+            Executor().process(job, unit)
+        else:
+            torch.set_num_threads(job.threads)
+            job.make_worker(job.argument).process(unit, None)
+
+
+def _filesystem(folder: storage.Location) -> Any:
+    """The file system that Ray Train is to keep its own state in, by the same library as everything else."""
+    if isinstance(folder, Path):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(folder.fs))
+
+
+def _path_in_its_filesystem(folder: storage.Location) -> str:
+    return str(folder) if isinstance(folder, Path) else folder.path
 
 
 def _generator(*seeds: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from vlcp_dist.stages.base import Run, Stage
 
 
 def units(run: Run) -> list[Unit]:
-    return [Unit("model", size=len(list(run.index.split("train"))))]
+    return [Unit("model", size=run.index.split_sizes["train"])]
 
 
 class Worker:
@@ -20,14 +20,17 @@ class Worker:
         self._run = run
         self._scratch = tempfile.TemporaryDirectory(prefix="vlcp-pretrain-")
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> None:
+        """It holds all images at once, and there is one unit only."""
+
+    def process(self, unit: Unit, _: None) -> Outcome:
         """`model/`: a diffusers folder with a trained VAE and text encoder and an untrained U-Net."""
         run = self._run
         assert run.cfg.pretrain is not None
         texts = run.descriptions(run.index.shards)
         described = [row for row in run.index.split("train") if row.key in texts]
-        rows, images, failed = run.images(described, run.cfg.encode.image_size, crop=run.cfg.encode.resize)
-        folder = Path(self._scratch.name) / "model"
+        rows, images, failed = run.arrays(run.read(described), run.cfg.encode.image_size, crop=run.cfg.encode.resize)
+        folder, beat = Path(self._scratch.name) / "model", run.folders["pretrain"].heartbeat
         metrics = build_tiny_sd(
             folder,
             np.stack(images),
@@ -36,7 +39,7 @@ class Worker:
             contrastive_steps=run.cfg.pretrain.contrastive_steps,
             num_threads=run.cfg.pretrain.num_threads,
             seed=run.cfg.seed,
-            progress=run.folders["pretrain"].heartbeat,
+            progress=lambda phase, step, steps, loss: beat(phase, step, steps, loss=loss),
         )
         files: dict[str, bytes | Path] = {
             str(path.relative_to(folder.parent)): path for path in sorted(folder.rglob("*")) if path.is_file()

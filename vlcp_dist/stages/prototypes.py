@@ -18,8 +18,8 @@ from vlcp_dist.stages.base import Run, Stage, class_shards, device
 
 def units(run: Run) -> list[Unit]:
     return [
-        Unit(f"ipc={ipc}/{class_id}", size=len(rows), payload={"ipc": ipc, "class_id": class_id})
-        for class_id, rows in run.index.by_class.items()
+        Unit(f"ipc={ipc}/{class_id}", size=size, payload={"ipc": ipc, "class_id": class_id})
+        for class_id, size in run.index.class_sizes.items()
         for ipc in run.cfg.ipc
     ]
 
@@ -42,11 +42,22 @@ class Worker:
         self._run = run
         self._data: ClassData | None = None
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> tuple[list[Row], list[Row], np.ndarray, list[str]]:
+        """All rows of the class, those with latent and description, their latents fp16 (n, c, h, w), descriptions."""
+        class_id = unit.payload["class_id"]
+        rows = self._run.index.of_class(class_id)
+        names = class_shards(rows)
+        latents, descriptions = self._run.latents(names), self._run.descriptions(names)
+        usable = [row for row in rows if row.key in latents and row.key in descriptions]
+        if not usable:
+            raise ValueError(f"class {class_id}: none of its {len(rows)} images has a latent and a description")
+        return rows, usable, np.stack([latents[r.key] for r in usable]), [descriptions[r.key] for r in usable]
+
+    def process(self, unit: Unit, read: tuple[list[Row], list[Row], np.ndarray, list[str]]) -> Outcome:
         """`ipc=<ipc>/<class>.safetensors` with `centers` fp32 (ipc, c, h, w), and a `.json` that explains them."""
         class_id, ipc = unit.payload["class_id"], unit.payload["ipc"]
         if self._data is None or self._data.class_id != class_id:
-            self._data = self._load(class_id)
+            self._data = self._prepare(class_id, *read)
         data, cfg = self._data, self._run.cfg.prototypes
         if len(data.keys) < ipc:
             raise ValueError(
@@ -94,15 +105,10 @@ class Worker:
             {"outliers": len(data.outliers), "fallbacks": sum(c.fallback for c in text.clusters)},
         )
 
-    def _load(self, class_id: str) -> ClassData:
-        rows = self._run.index.by_class[class_id]
-        shards = class_shards(rows)
-        latents, descriptions = self._run.latents(shards), self._run.descriptions(shards)
-        usable = [row for row in rows if row.key in latents and row.key in descriptions]
-        if not usable:
-            raise ValueError(f"class {class_id}: none of its {len(rows)} images has a latent and a description")
-        arrays = [latents[row.key] for row in usable]
-        x = torch.from_numpy(np.stack(arrays)).float().flatten(1).to(device())
+    def _prepare(
+        self, class_id: str, rows: list[Row], usable: list[Row], latents: np.ndarray, descriptions: list[str]
+    ) -> ClassData:
+        x = torch.from_numpy(latents).float().flatten(1).to(device())
         cfg = self._run.cfg.prototypes
         if cfg.contamination > 0:
             scores = local_outlier_factor(x, cfg.n_neighbors)
@@ -113,9 +119,9 @@ class Worker:
         dropped = (~inliers).nonzero().flatten().tolist()
         return ClassData(
             class_id,
-            shape=arrays[0].shape,
+            shape=latents.shape[1:],
             keys=[usable[i].key for i in kept],
-            descriptions=[descriptions[usable[i].key] for i in kept],
+            descriptions=[descriptions[i] for i in kept],
             latents=x[inliers.to(x.device)],
             outliers=[{"key": usable[i].key, "score": float(scores[i])} for i in dropped],
             missing=_missing(rows, usable),

@@ -9,9 +9,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from vlcp_dist.config import content
+from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.models.diffusion import image_seed, load_pipeline, synthesize
 from vlcp_dist.ops.text import PromptStrategy, prompt_for
@@ -20,7 +21,7 @@ from vlcp_dist.stages.base import Run, Stage, device, dtype
 
 def units(run: Run) -> list[Unit]:
     """Classes are grouped so that a unit holds about `prototypes_per_unit` images, whatever the IPC."""
-    class_ids = list(run.index.by_class)
+    class_ids = list(run.index.class_sizes)
     result = []
     for strategy in run.cfg.synthesize.strategies:
         for ipc in run.cfg.ipc:
@@ -59,20 +60,23 @@ class Worker:
         self._sentence_writer = resolve_name(run.cfg.synthesize.sentence_writer)
         self._pipe = load_pipeline(
             run.diffusion_model,
-            unet=str(run.folders["finetune"].path / "unet"),
+            unet=str(storage.local(run.folders["finetune"].path / "unet")),
             revision=run.cfg.diffusion.revision,
             device=device(),
             dtype=getattr(torch, dtype(run.cfg.diffusion.dtype)),
             scheduler=run.cfg.synthesize.scheduler,
         )
 
-    def process(self, unit: Unit) -> Outcome:
+    def read(self, unit: Unit) -> list[Prototype]:
+        strategy, ipc = unit.payload["strategy"], unit.payload["ipc"]
+        return [
+            prototype for class_id in unit.payload["classes"] for prototype in self._prototypes(strategy, ipc, class_id)
+        ]
+
+    def process(self, unit: Unit, prototypes: list[Prototype]) -> Outcome:
         """`<strategy>/ipc=<ipc>/<class>/<cluster>.png` and, in each class folder, `metadata.jsonl`."""
         cfg = self._run.cfg.synthesize
         strategy, ipc = unit.payload["strategy"], unit.payload["ipc"]
-        prototypes = [
-            prototype for class_id in unit.payload["classes"] for prototype in self._prototypes(strategy, ipc, class_id)
-        ]
         seeds = [image_seed(self._run.cfg.seed, p.class_id, p.cluster, 0) for p in prototypes]
         images = synthesize(
             self._pipe,
@@ -97,7 +101,7 @@ class Worker:
 
     def _prototypes(self, strategy: str, ipc: int, class_id: str) -> list[Prototype]:
         folder = self._run.folders["prototypes"].path / f"ipc={ipc}"
-        centers = load_file(folder / f"{class_id}.safetensors")["centers"]
+        centers = load((folder / f"{class_id}.safetensors").read_bytes())["centers"]
         text_class = self._other_class(class_id) if strategy == "DCS-shuffled" else class_id
         table = json.loads((folder / f"{text_class}.json").read_text())
         return [
@@ -120,7 +124,7 @@ class Worker:
 
     def _other_class(self, class_id: str) -> str:
         """Another class, by a shift that the seed chooses: each class gives its texts to exactly one other."""
-        class_ids = list(self._run.index.by_class)
+        class_ids = list(self._run.index.class_sizes)
         if len(class_ids) < 2:
             raise ValueError("DCS-shuffled needs at least two classes; leave it out of synthesize.strategies")
         shift = int(np.random.default_rng(self._run.cfg.seed).integers(1, len(class_ids)))
