@@ -152,7 +152,7 @@ def test_a_source_with_its_own_test_split(config_of, folder):
     with pytest.raises((StageFailed, ValueError), match="test split of its own"):
         run(config_of())
     states = run(config_of("data.test=null", "synthesize.strategies=[DCS]", "ipc=[1]", "evaluate.baselines=[]"))
-    record = json.loads(next(Path(states[-1].folder).glob("DCS/ipc=1/convnet3/epochs=2/seed=0.json")).read_text())
+    record = json.loads(next(states[-1].folder.path.glob("DCS/ipc=1/convnet3/epochs=2/seed=0.json")).read_text())
     assert record["test_images"] == 50
 
 
@@ -161,7 +161,7 @@ def test_names_and_descriptions_beyond_ascii(config_of, tmp_path):
     states = run(
         config_of(f"data.class_names={json.dumps(names, ensure_ascii=False)}", "ipc=[1]", "evaluate.baselines=[]")
     )
-    metadata = next(Path(states[6].folder).glob("DCS/ipc=1/digit_two/metadata.jsonl")).read_text()
+    metadata = next(states[6].folder.path.glob("DCS/ipc=1/digit_two/metadata.jsonl")).read_text()
     assert "数字" in json.loads(metadata)["prompt"]
 
 

@@ -49,7 +49,7 @@ def encoded(whole, run_with, folder, do):
         latents, failed = {}, set()
         worker = encode.Worker(run)
         for unit in encode.units(run):
-            outcome = worker.process(unit)
+            outcome = worker.process(unit, worker.read(unit))
             failed |= {failure.key for failure in outcome.failed}
             latents |= {key: shards.parse_npy(parts["npy"]) for key, parts in members(outcome.files)}
         return latents, failed, run

@@ -102,7 +102,8 @@ def test_full_is_trained_on_every_training_image(whole):
 def test_the_validation_split_is_what_it_says(whole, run_with):
     run = run_with("evaluate.split=validation", "synthesize.strategies=[DCS]", "evaluate.baselines=[]")
     (unit,) = evaluate.distilled_units(run)
-    outcome = evaluate.Worker(run).process(unit)
+    worker = evaluate.Worker(run)
+    outcome = worker.process(unit, worker.read(unit))
     (data,) = outcome.files.values()
     record = json.loads(data)
     assert record["split"] == "validation"
@@ -115,17 +116,17 @@ def test_random_images_are_training_images_that_the_seed_chooses(run_with, monke
     """Which images are read is told by the source that they are read from."""
     run = run_with("evaluate.baselines=[random]", "evaluate.seeds=[0, 1]")
     worker = evaluate.Worker(run)
-    read, read_one = [], type(run.source).read
+    read, read_many = [], type(run.source).read
 
-    def recorded(source, ref):
-        read.append(ref)
-        return read_one(source, ref)
+    def recorded(source, refs):
+        read.extend(refs)
+        return read_many(source, refs)
 
     monkeypatch.setattr(type(run.source), "read", recorded)
     picks = []
     for unit in evaluate.baseline_units(run) * 2:
         read.clear()
-        record = json.loads(worker.process(unit).files[f"{unit.name}.json"])
+        record = json.loads(worker.process(unit, worker.read(unit)).files[f"{unit.name}.json"])
         assert record["train_images"] == len(read)
         picks.append(set(read))
     class_of = {row.ref: row.class_id for row in run.index.split("train")}

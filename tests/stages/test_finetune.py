@@ -25,7 +25,7 @@ def train(run):
     """Every file of a training by name, and what its marker would say."""
     worker = finetune.Worker(run)
     (unit,) = finetune.units(run)
-    outcome = worker.process(unit)
+    outcome = worker.process(unit, worker.read(unit))
     files = {name: x if isinstance(x, bytes) else x.read_bytes() for name, x in outcome.files.items()}
     return files, outcome.info
 

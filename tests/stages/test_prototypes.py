@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 def of_class(run, class_id):
     """Keys, latents (n, d), descriptions, and what the stage left."""
-    rows = run.index.by_class[class_id]
+    rows = run.index.of_class(class_id)
     latents, texts = run.latents(run.index.shards), run.descriptions(run.index.shards)
     x = np.stack([latents[row.key].astype(np.float32).ravel() for row in rows])
     folder = run.folders["prototypes"].path / f"ipc={IPC}"

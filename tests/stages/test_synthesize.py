@@ -48,7 +48,8 @@ def first_classes(run_with):
 
     def process(strategy, *overrides):
         run = run_with(f"synthesize.strategies=[{strategy}]", *overrides)
-        outcome = synthesize.Worker(run).process(synthesize.units(run)[0])
+        worker, unit = synthesize.Worker(run), synthesize.units(run)[0]
+        outcome = worker.process(unit, worker.read(unit))
         return {name.removeprefix(f"{strategy}/ipc={IPC}/"): data for name, data in outcome.files.items()}
 
     return process
