@@ -1,48 +1,19 @@
 """The whole pipeline: the same bytes from every engine, through kills and restarts, and nothing done twice."""
 
-import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from runs import MICRO, artefacts, command, markers, vlcp
 from vlcp_dist import config, pipeline
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.stages import base
 
-MICRO = Path(__file__).parent / "micro.yaml"
 STAGES = ["index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"]
-
-
-def artefacts(root: Path) -> dict[str, str]:
-    """sha256 of every file that a marker of the run names."""
-    return {
-        f"{marker.relative_to(root).parts[0]}/{name}": hashlib.sha256(
-            (root / marker.relative_to(root).parts[0] / name).read_bytes()
-        ).hexdigest()
-        for marker in root.glob("*/done/**/*.json")
-        for name in json.loads(marker.read_text())["files"]
-    }
-
-
-def markers(root: Path) -> dict[str, float]:
-    """When every unit was finished."""
-    return {
-        str(path.relative_to(root)): json.loads(path.read_text())["finished"] for path in root.glob("*/done/**/*.json")
-    }
-
-
-def vlcp(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vlcp_dist", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check:
-        assert result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +86,10 @@ def test_two_training_workers_learn_what_one_does(reference, tmp_path):
 
 def test_killed_three_times_and_still_the_same_bytes(reference, tmp_path):
     root = tmp_path / "run"
-    command = [sys.executable, "-m", "vlcp_dist", "run", "-c", str(MICRO), f"root={root}", "--progress-interval", "0.2"]
+    arguments = ["run", "-c", str(MICRO), f"root={root}", "--progress-interval", "0.2"]
     kept: dict[str, float] = {}
     for moment in (r"caption: [1-4] of 5", r"finetune: .*step (?!1/)\d+/", r"synthesize: [1-5] of 6"):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
         seen = False
         for line in process.stderr:
             if re.search(moment, line):
@@ -130,7 +101,7 @@ def test_killed_three_times_and_still_the_same_bytes(reference, tmp_path):
         now = markers(root)
         assert kept.items() <= now.items()
         kept = now
-    vlcp(*command[3:])
+    vlcp(*arguments)
     assert artefacts(root) == artefacts(reference)
     assert kept.items() <= markers(root).items()
     unet = json.loads(next(root.glob("finetune-*/done/unet.json")).read_text())

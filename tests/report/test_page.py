@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vlcp_dist import config, pipeline, report
+from vlcp_dist.data.images import BadImage
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.report import material, tables
 
@@ -88,9 +89,7 @@ def finished(tmp_path_factory):
 
 
 def records_on_disk(states):
-    paths = [
-        p for s in states if s.stage.name in ("baselines", "evaluate") for p in Path(s.folder).rglob("seed=*.json")
-    ]
+    paths = [p for s in states if s.stage.name in ("baselines", "evaluate") for p in s.folder.path.rglob("seed=*.json")]
     return [json.loads(path.read_text()) for path in paths if "done" not in path.parts]
 
 
@@ -145,7 +144,7 @@ def test_names_and_descriptions_are_escaped(finished):
 
 def test_pictures_are_the_files_of_the_run(finished):
     _, states, page = finished
-    folder = next(Path(s.folder) for s in states if s.stage.name == "synthesize")
+    folder = next(s.folder.path for s in states if s.stage.name == "synthesize")
     sheet = next(image for image in page.all("img") if image["alt"].startswith("digit one: 3 distilled images"))
     pixels = Image.open(io.BytesIO(base64.b64decode(sheet["src"].partition(",")[2])))
     for cluster in range(3):
@@ -160,7 +159,7 @@ def test_pictures_are_the_files_of_the_run(finished):
 
 def test_text_prototypes_and_outliers_are_those_of_the_prototypes(finished):
     _, states, page = finished
-    folder = next(Path(s.folder) for s in states if s.stage.name == "prototypes")
+    folder = next(s.folder.path for s in states if s.stage.name == "prototypes")
     table = json.loads((folder / "ipc=3/digit-1.json").read_text())
     for cluster in table["clusters"]:
         assert cluster["description"] in page.text("text")
@@ -203,9 +202,9 @@ def test_half_finished_run_shows_what_is_there(finished, tmp_path):
     shutil.copytree(cfg.root, root)
     for state in states:
         if state.stage.name in ("finetune", "evaluate"):
-            shutil.rmtree(root / Path(state.folder).name)
+            shutil.rmtree(root / state.folder.path.name)
         if state.stage.name == "synthesize":
-            shutil.rmtree(root / Path(state.folder).name / "done/DCS/ipc=3")
+            shutil.rmtree(root / state.folder.path.name / "done/DCS/ipc=3")
     half = cfg.model_copy(update={"root": str(root)})
     page = Page(report.write(half, pipeline.status(half)))
     header = page.text("header")
@@ -219,10 +218,10 @@ def test_many_classes_and_lost_images_are_told(finished, tmp_path, monkeypatch):
     cfg, _, _ = finished
     monkeypatch.setattr(material, "SHOWN_CLASSES", 2)
 
-    def lost(self, row):
-        raise material.BadImage("the disk is gone")
+    def lost(self, rows):
+        return [(row, BadImage("the disk is gone")) for row in rows]
 
-    monkeypatch.setattr("vlcp_dist.stages.base.Run.decode", lost)
+    monkeypatch.setattr("vlcp_dist.stages.base.Run.read", lost)
     page = Page(report.write(cfg, pipeline.status(cfg)))
     for section in ("images", "text", "outliers"):
         assert "1 more classes are not shown" in page.text(section) and "digit two" not in page.text(section)
