@@ -13,7 +13,7 @@ import pytest
 from runs import MICRO, artefacts, command, markers, vlcp
 from vlcp_dist.data import storage
 
-SMALL = ["ipc=[1]", "synthesize.strategies=[DCS]", "evaluate.baselines=[]"]
+SMALL = ["data.shard_size=8", "ipc=[1]", "synthesize.strategies=[DCS]", "evaluate.baselines=[]"]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def state_of(root, *arguments: str) -> list[dict]:
 def test_ctrl_c_once_finishes_what_is_in_flight(reference, tmp_path, engine):
     root = tmp_path / "run"
     process = start(root, f"engine.kind={engine}")
-    until(process, r"caption: 1 of 5")
+    until(process, r"caption: 1 of 15")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    out, rest = process.communicate()
+    _, rest = process.communicate()
     assert process.returncode == 130, rest
     assert "in flight" in rest and "the same command goes on" in rest and "Traceback" not in rest
     done = markers(root)
-    assert 2 <= sum(name.startswith("caption") for name in done) < 5
+    assert 2 <= sum(name.startswith("caption") for name in done) < 15
     assert not any(name.startswith("encode") for name in done)
     assert json.loads((root / "progress.json").read_text())["state"] == "interrupted"
     vlcp("run", "-c", str(MICRO), f"root={root}", f"engine.kind={engine}", *SMALL)
@@ -92,7 +92,7 @@ def test_ctrl_c_in_fine_tuning_writes_a_checkpoint_and_goes_on_from_it(reference
 def test_two_ctrl_c_or_a_sigterm_end_it_at_once(reference, tmp_path, signals, code):
     root = tmp_path / "run"
     process = start(root)
-    until(process, r"caption: 1 of 5")
+    until(process, r"caption: 1 of 15")
     for number in signals:
         process.send_signal(number)
         if number == signal.SIGINT and signals[-1] != number:
@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named_and_made_again_and_nothing_else(reference, copy
     cut.write_bytes(cut.read_bytes()[:-512])
     gone.unlink()
     rows = {row["stage"]: row for row in state_of(copy)}
-    assert "000001.tar" in rows["encode"]["damaged"]["000001"] and rows["encode"]["done"] == 4
+    assert "000001.tar" in rows["encode"]["damaged"]["000001"] and rows["encode"]["done"] == 14
     assert "000003.tar" in rows["caption"]["damaged"]["000003"]
     shown = vlcp("status", "-c", str(MICRO), f"root={copy}", *SMALL, check=False)
     assert shown.returncode == 1 and "000001 will be done again" in shown.stdout
@@ -190,13 +190,13 @@ def test_a_trial_of_some_units_measures_the_rates(tmp_path):
     assert early.returncode == 1 and "--only pretrain" in early.stderr
     assert "no such stage" in vlcp("run", *arguments, "--only", "captoin", check=False).stderr
     trial = vlcp("run", *arguments, "--max-units", "2")
-    assert "pretrain: waits for caption" in trial.stderr and "caption (3 of 5 units)" in trial.stdout
+    assert "pretrain: waits for caption" in trial.stderr and "caption (13 of 15 units)" in trial.stdout
     plan = {row["stage"]: row for row in json.loads(vlcp("plan", *arguments, "--json").stdout)}
     row, marker = plan["caption"], [json.loads(p.read_text()) for p in root.glob("caption-*/done/*.json")]
-    assert row["done"] == 2 and row["samples_left"] == 70 and row["rate_from"] == "2 units"
-    assert row["worker_seconds_left"] == pytest.approx(70 / 50 * sum(m["seconds"] for m in marker), abs=0.06)
+    assert row["done"] == 2 and row["samples_left"] == 104 and row["rate_from"] == "2 units"
+    assert row["worker_seconds_left"] == pytest.approx(104 / 16 * sum(m["seconds"] for m in marker), abs=0.06)
     written = sum(f["bytes"] for m in marker for f in m["files"].values())
-    assert row["bytes_left"] == pytest.approx(70 / 50 * written, abs=1)
+    assert row["bytes_left"] == pytest.approx(104 / 16 * written, abs=1)
     assert plan["encode"]["rate_from"] is None
     assert json.loads((root / "progress.json").read_text())["state"] == "incomplete"
 
