@@ -224,7 +224,10 @@ class Lease:
         seen = self._look()
         # What lies there decides, not the answer: an answer that got lost makes botocore put again, and that one fails.
         if seen is not None and self._ours(seen):
-            self._identity, self._confirmed = seen.identity, sent
+            self._identity = seen.identity
+            if failure is not None and seen.record["renewed"] != self._record["renewed"]:
+                raise failure
+            self._confirmed = sent
             return True
         if failure is not None and not isinstance(failure, FileExistsError) and _identity_of(seen) == expected:
             raise failure
@@ -240,7 +243,7 @@ class Lease:
             record = json.loads(content)
         except ValueError:
             record = {}
-        return Seen(objects.identity(info), record)
+        return Seen(objects.identity(info), record if isinstance(record, dict) else {})
 
     def _ours(self, seen: Seen) -> bool:
         return bool(seen.record.get("nonce") == self._record["nonce"])

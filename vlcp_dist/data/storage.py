@@ -61,8 +61,8 @@ def write(path: Location, content: bytes | Path) -> str:
         return expected
     with objects.naming(path):
         objects.put(path, content)
-        # Checksum headers would be cheaper, but they differ from store to store and some accept and ignore them. Reading
-        # back is certain everywhere, and shows that what readers get is what was meant. It costs one read within the
+        # Checksum headers would be cheaper, but they differ from store to store and some only accept them. Reading back
+        # is certain everywhere, and shows that what readers get is what was meant. It costs one read within the
         # store's region (a second for a shard of 65 MB, half a minute for a U-Net of 3.4 GB), which no GPU waits for.
         if objects.sha256(path, size_of(content)) != expected:
             objects.remove(path)
