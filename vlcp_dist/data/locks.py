@@ -45,8 +45,15 @@ class Seen(NamedTuple):
             return "another process"
 
 
+class FileLock:
+    """A lock of the kernel: nobody takes it from a process that lives."""
+
+    def lost(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
-def hold_file(path: Path) -> Iterator[None]:
+def hold_file(path: Path) -> Iterator[FileLock]:
     """Hold the lock on the file at `path` while the body runs; the kernel releases it however this process ends.
 
     Raises:
@@ -68,7 +75,7 @@ def hold_file(path: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(HOLDER.format_map(_this_process()) + "\n")
         file.flush()
-        yield
+        yield FileLock()
 
 
 def flock(descriptor: int, how: int, folder: Path) -> None:

@@ -76,7 +76,7 @@ class StageFolder:
         self._stop_seen = False
 
     def __reduce__(self) -> tuple[Any, ...]:  # times of this machine mean nothing on another
-        return StageFolder, (self.path, self._plan)
+        return type(self), (self.path, self._plan)
 
     def open(self, inputs: Mapping[str, Mapping[str, str]] | None = None) -> None:
         """Make the folder ready for work: leave `plan.json`, which its name is the fingerprint of, and clear up.

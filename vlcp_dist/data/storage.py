@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from upath import UPath
@@ -55,8 +55,7 @@ def write(path: Location, content: bytes | Path) -> str:
     if isinstance(path, Path):
         with _temporary(path, content) as temporary:
             _flush(temporary)
-            if sha256(temporary) != expected:
-                raise _damaged(path)
+            _check(path, expected, sha256(temporary))
         _flush(path.parent)
         return expected
     with objects.naming(path):
@@ -64,9 +63,10 @@ def write(path: Location, content: bytes | Path) -> str:
         # Checksum headers would be cheaper, but they differ from store to store and some only accept them. Reading back
         # is certain everywhere, and shows that what readers get is what was meant. It costs one read within the
         # store's region (a second for a shard of 65 MB, half a minute for a U-Net of 3.4 GB), which no GPU waits for.
-        if objects.sha256(path, size_of(content)) != expected:
+        found = objects.sha256(path, size_of(content))
+        if found != expected:
             objects.remove(path)
-            raise _damaged(path)
+    _check(path, expected, found)
     return expected
 
 
@@ -125,8 +125,8 @@ def local(path: Location) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(path: Location) -> Iterator[Callable[[], bool]]:
-    """Hold `path` as a lock. What is yielded says, when called, whether it was lost: whoever held it must then stop.
+def exclusive(path: Location) -> Iterator[locks.FileLock | locks.Lease]:
+    """Hold `path` as a lock. `lost()` of what is yielded says whether it was lost: whoever held it must then stop.
 
     On a disk the kernel keeps it, and releases it when this process ends, however it ends. On an object store it is a
     lease (see `locks`): others may take it once it has not been renewed for long.
@@ -136,11 +136,11 @@ def exclusive(path: Location) -> Iterator[Callable[[], bool]]:
             the file system has no locks.
     """
     if isinstance(path, Path):
-        with locks.hold_file(path):
-            yield lambda: False
+        with locks.hold_file(path) as lock:
+            yield lock
     else:
         with locks.hold_lease(path) as lease:
-            yield lease.lost
+            yield lease
 
 
 def move(folder: Location, target: Location, first: str, last: str = "") -> None:
@@ -212,12 +212,14 @@ def _temporary(path: Path, content: bytes | Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
+        if error.errno is None:  # ours, which names the path
+            raise
+        reason = error.strerror
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
             reason += f": {size_of(content)} bytes were to be written, {free} are free; make space and run again"
-        raise OSError(error.errno or errno.EIO, reason, str(path)) from error
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
@@ -245,5 +247,6 @@ def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
                 yield prefix + entry.name, entry.stat().st_size
 
 
-def _damaged(path: Location) -> OSError:
-    return OSError(errno.EIO, "read back other bytes than were written", str(path))
+def _check(path: Location, expected: str, found: str) -> None:
+    if found != expected:
+        raise OSError(f"{path}: read back other bytes than were written (sha256 {found}, not {expected})")
