@@ -214,7 +214,7 @@ def _temporary(path: Path, content: bytes | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:  # ours, which names the path
             raise
-        reason = error.strerror
+        reason = str(error.strerror)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
