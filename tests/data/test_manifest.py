@@ -99,10 +99,10 @@ def test_scan_tells_what_is_done_and_why_the_rest_is_not(folder):
 def test_verify_finds_what_has_kept_its_size(folder):
     fill(folder)
     markers = folder.scan(UNITS).done
-    assert list(folder.verify(markers)) == []
+    assert list(folder.verify(markers.values())) == []
     storage.write(folder.path / "000000.tar", b"y 000000")
     storage.remove(folder.path / "a/b=1/c.d.tar")
-    (unit, file, why), gone = sorted(folder.verify(markers))
+    (unit, file, why), gone = sorted(folder.verify(markers.values()))
     assert (unit, file) == ("000000", "000000.tar")
     assert why.endswith(f"its marker says {markers['000000']['files']['000000.tar']['sha256']}")
     assert gone == ("a/b=1/c.d", "a/b=1/c.d.tar", "is gone")
@@ -113,7 +113,7 @@ def test_an_attempt_that_comes_late_changes_nothing(folder):
     before = storage.listing(folder.path)
     assert folder.commit(UNITS[0], outcome(UNITS[0], "later"), seconds=9.0) == first
     assert storage.listing(folder.path) == before
-    assert list(folder.verify(folder.scan(UNITS).done)) == []
+    assert list(folder.verify(folder.scan(UNITS).done.values())) == []
 
 
 def test_a_marker_is_replaced_by_whom_it_was_named_to_and_a_damaged_one_by_all(folder):
@@ -163,7 +163,7 @@ def test_a_folder_is_set_aside_whole(folder):
         assert storage.listing(folder.path) == {}
         aside = folder.path.with_name(f"caption-1a2b.superseded-{i}")
         assert storage.listing(aside).keys() == files.keys()
-        assert list(StageFolder(aside).verify(StageFolder(aside).scan(UNITS).done)) == []
+        assert list(StageFolder(aside).verify(StageFolder(aside).scan(UNITS).done.values())) == []
 
 
 def test_heartbeats_are_written_once_in_a_while_and_at_the_end(folder, monkeypatch):
@@ -201,5 +201,5 @@ def test_a_store_that_refuses_every_third_request_is_no_obstacle(bucket, s3_serv
             folder.commit(unit, Outcome({f"{unit.name}/{i}.png": b"%d" % i for i in range(2)}, 1), seconds=1.0)
         scan = folder.scan(units)
         assert scan.done.keys() == {unit.name for unit in units}
-        assert list(folder.verify(scan.done)) == []
+        assert list(folder.verify(scan.done.values())) == []
     S3FileSystem.clear_instance_cache()

@@ -179,9 +179,9 @@ class StageFolder:
         sizes = dict(zip(marker["files"], concurrently(self._size, marker["files"]), strict=True))
         return None if any(self._damages(marker, sizes)) else marker
 
-    def verify(self, markers: Mapping[str, Marker]) -> Iterator[tuple[str, str, str]]:
+    def verify(self, markers: Iterable[Marker]) -> Iterator[tuple[str, str, str]]:
         """Read every file of these markers and yield (unit, file, why) for those that are not what was written."""
-        files = [(unit, *item) for unit, marker in markers.items() for item in marker["files"].items()]
+        files = [(marker["unit"], *item) for marker in markers for item in marker["files"].items()]
         for i in range(0, len(files), 64):
             batch = files[i : i + 64]
             digests = concurrently(lambda item: self._digest(item[1]), batch, threads=8)
@@ -191,7 +191,7 @@ class StageFolder:
                 elif found != facts["sha256"]:
                     yield unit, file, f"has sha256 {found}, its marker says {facts['sha256']}"
 
-    def heartbeat(self, phase: str, step: int, steps: int, **facts: float) -> None:
+    def heartbeat(self, phase: str, step: int, steps: int, **facts: float | str) -> None:
         """Let whoever watches know how far a long unit is, with facts such as its loss.
 
         May be called at every step: it is written once in a while, and at the end.
