@@ -88,7 +88,16 @@ def test_scan_tells_what_is_done_and_why_the_rest_is_not(folder):
         "a/b=1/c.d": f"{marker} is no whole marker (100 bytes)",
     }
     assert [folder.marker(unit.name) for unit in UNITS] == [None] * 3
-    for content in (b"", b"null", b"[]", b"{}", b'{"files": {"a": 1}}', b'{"files": {"a": {}}}', b"\xff"):
+    for content in (
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"files": {}}',
+        b'{"files": {"a": 1}}',
+        b'{"files": {"a": {}}}',
+        b"\xff",
+    ):
         storage.write(marker, content)
         assert folder.scan(UNITS).damaged["a/b=1/c.d"] == f"{marker} is no whole marker ({len(content)} bytes)"
         assert folder.marker("a/b=1/c.d") is None

@@ -252,7 +252,8 @@ def _parse(content: bytes) -> Marker | None:
     """A marker, or None if that is not a whole one."""
     try:
         marker: Marker = json.loads(content)
-        return marker if all({"bytes", "sha256"} <= facts.keys() for facts in marker["files"].values()) else None
+        whole = {"unit", "finished"} <= marker.keys()
+        return marker if whole and all({"bytes", "sha256"} <= f.keys() for f in marker["files"].values()) else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
