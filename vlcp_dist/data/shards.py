@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
+from vlcp_dist.data import storage
 from vlcp_dist.data.sources import SourceError
+from vlcp_dist.data.storage import Location
 from vlcp_dist.data.tars import members_of
+from vlcp_dist.data.threads import concurrently
 from vlcp_dist.errors import InputError
 
 
@@ -27,15 +30,16 @@ def pack(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Samples of a tar in their order.
 
     Raises:
         ShardError: the tar is cut short or damaged.
     """
     key, parts = "", dict[str, bytes]()
-    with path.open("rb") as file:
-        for name, offset, size in _members(path):
+    copy = storage.local(path)
+    with copy.open("rb") as file:
+        for name, offset, size in _members(copy, path):
             stem, _, extension = name.partition(".")
             if stem != key and parts:
                 yield key, parts
@@ -48,15 +52,17 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The `.npy` members of many tars by key. Nothing is read before it is asked for, nothing is copied."""
+    """The `.npy` members of many tars by key. Nothing is copied; tars of an object store are downloaded first."""
 
-    def __init__(self, paths: Iterable[Path]):
+    def __init__(self, paths: Iterable[Location]):
         self._maps: list[mmap.mmap] = []
         self._where: dict[str, tuple[int, int, int]] = {}
-        for path in paths:
-            with path.open("rb") as file:
+        paths = list(paths)
+        for path, copy in zip(paths, concurrently(storage.local, paths, threads=4), strict=True):
+            members = list(_members(copy, path))
+            with copy.open("rb") as file:
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            for name, offset, size in _members(path):
+            for name, offset, size in members:
                 key, _, extension = name.partition(".")
                 if extension == "npy":
                     self._where[key] = (len(self._maps) - 1, offset, size)
@@ -93,10 +99,12 @@ def parse_npy(data: memoryview | bytes) -> np.ndarray:
     return np.frombuffer(data, dtype=dtype, offset=header.tell()).reshape(shape)
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _members(copy: Path, path: Location) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of what is in the local file `copy` of the tar at `path`."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in members_of(tar, path):
+        with tarfile.open(copy, "r:") as tar:
+            for member in members_of(tar, copy):
                 yield member.name, member.offset_data, member.size
     except (tarfile.TarError, SourceError) as error:
-        raise ShardError(f"{error}: delete {path} and run again") from error
+        reason = str(error).replace(f"{copy}: ", "")
+        raise ShardError(f"{path}: {reason}: delete {path} and run again") from error
