@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from vlcp_dist.data.classes import ClassInfo, SourceError, find_listing, id_of, ids_of_labels, read_listing
 from vlcp_dist.data.folders import visible
-from vlcp_dist.data.ranges import open_parquet
+from vlcp_dist.data.ranges import named, open_parquet
 from vlcp_dist.data.samples import (
     SPLITS,
     THREADS,
@@ -87,7 +87,9 @@ class Parquet:
                 column = _column(parquet, _IMAGES, path)
                 nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
                 table = parquet.read_row_group(group, columns=[f"{column}.bytes" if nested else column])
-        except (OSError, SourceError) as error:
+        except OSError as error:
+            return [named(error, str(path))] * len(rows)
+        except SourceError as error:
             return [error] * len(rows)
         except (pa.ArrowException, IndexError) as error:
             return [SourceError(f"{path}: {error}; restore the file or index anew")] * len(rows)

@@ -58,6 +58,15 @@ def open_parquet(path: Location, metadata: pq.FileMetaData | None = None) -> pq.
     return pq.ParquetFile(file, metadata=metadata, pre_buffer=True)
 
 
+def named(error: Exception, path: str) -> OSError:
+    """What the storage said, with the path in it, which not every file system puts there."""
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return error if isinstance(error, OSError) and path in str(error) else OSError(f"{path}: {error!r}")
+
+
 def _read_local(root: Path, part: Range) -> bytes | OSError:
     try:
         with (root / part.path).open("rb") as file:
@@ -82,17 +91,9 @@ def _read_remote(root: UPath, ranges: Sequence[Range]) -> list[bytes | Exception
 
 
 def _checked(path: str, part: Range, content: bytes | Exception) -> bytes | OSError | SourceError:
-    if isinstance(content, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    if isinstance(content, OSError):
-        # How object stores answer to a range behind the end of a file.
-        if not (part.size and content.errno == errno.EINVAL):
-            return content
-        content = b""
-    if isinstance(content, Exception):
-        if isinstance(content, MemoryError):
-            raise content
-        return OSError(f"{path}: {type(content).__name__}: {content}")
-    if part.size is not None and len(content) != part.size:
+    behind_the_end = isinstance(content, OSError) and content.errno == errno.EINVAL  # as object stores answer
+    if isinstance(content, Exception) and not (part.size and behind_the_end):
+        return named(content, path)
+    if part.size is not None and (isinstance(content, Exception) or len(content) != part.size):
         return SourceError(f"{path}: shorter than when it was indexed; restore it or index anew")
     return content

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from vlcp_dist.data.storage import Location
 
 _BLOCK = tarfile.BLOCKSIZE
 _END_MARK = bytes(_BLOCK)
+# Records that change where a file's bytes lie or what it is called.
+_MATTERS = re.compile(rb" (path|linkpath|size|hdrcharset|GNU\.sparse)")
 
 
 class Member(NamedTuple):
@@ -62,7 +65,7 @@ def members(file: BinaryIO, place: object, start: int, end: int) -> Iterator[Mem
         header = file.read(_BLOCK) if position + _BLOCK <= end else b""
         if header == _END_MARK:
             return
-        found = _plain(header, position) or (_special(file, position) if header else None)
+        found = _plain(file, header, position) or (_special(file, position) if header else None)
         if found is None and not count:
             raise SourceError(f"{place}: not an uncompressed tar file; unpack or fetch it again")
         if found is None or found[0].size < 0 or found[0].offset + found[0].size > end:
@@ -114,21 +117,38 @@ def tar_samples(path: Location) -> Iterator[TarSample]:
             yield TarSample(key, label, images[0].offset, images[0].size)
 
 
-def _plain(header: bytes, position: int) -> tuple[Member, str] | None:
-    """The member of the commonest kind of header, a plain file with a short name, ten times as fast as `tarfile`
+def _plain(file: BinaryIO, header: bytes, position: int) -> tuple[Member, str] | None:
+    """The member of the commonest kinds of header, plain files with short names, ten times as fast as `tarfile`
     (ImageNet has 1.3 million); None for all others and for damaged ones."""
-    if len(header) < _BLOCK or header[156] not in b"0\0" or header[345]:
+    if header[156:157] == tarfile.XHDTYPE:  # records beside the header: most often finer times, as Python writes them
+        records = _fields(header)
+        if records is None or records[1] > _BLOCK:
+            return None
+        if _MATTERS.search(file.read(_BLOCK)):
+            return None
+        position += 2 * _BLOCK
+        header = file.read(_BLOCK)
+    fields = _fields(header)
+    if fields is None or header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return None
+    if header[345] or fields[0].endswith("/"):  # the rest of a long name, or a folder as old tars write it
+        return None
+    return Member(fields[0], position + _BLOCK, fields[1]), "file"
+
+
+def _fields(header: bytes) -> tuple[str, int] | None:
+    """Name and size in a header; None if its numbers are not octal or do not add up."""
+    if len(header) < _BLOCK:
         return None
     try:
         size, stated = int(header[124:135], 8), int(header[148:156].strip(b"\0 "), 8)
     except ValueError:
         return None
     # The sum of all bytes, the checksum's own counted as spaces. Adler-32's lower half is such a sum in C.
-    bytes_sum = stated - 8 * ord(" ") + sum(header[148:156])
-    name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    if zlib.adler32(header) & 0xFFFF != (1 + bytes_sum) % 65521 or name.endswith("/"):
+    total = stated - 8 * ord(" ") + sum(header[148:156])
+    if zlib.adler32(header) & 0xFFFF != (1 + total) % 65521:
         return None
-    return Member(name, position + _BLOCK, size), "file"
+    return header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), size
 
 
 def _special(file: BinaryIO, position: int) -> tuple[Member, str] | None:

@@ -57,12 +57,11 @@ class WebDataset:
         places: dict[str, str] = {}
         labelled: list[Sample] = []
         with ThreadPoolExecutor(THREADS) as pool:
-            for done, (tar, found) in enumerate(zip(tars, pool.map(self._list, tars.items()), strict=True), 1):
+            for done, (found, first) in enumerate(pool.map(self._list, tars.items()), 1):
                 for sample in found:
                     claim(seen, sample, self._root)
-                    if sample.class_id not in places:
-                        places[sample.class_id] = f"{self._root / tar}: {sample.key}"
                 labelled += found
+                places = first | places
                 if on_progress:
                     on_progress(done, len(tars))
         if not labelled:
@@ -82,16 +81,14 @@ class WebDataset:
         check_one_each(self._root, set(words.values()))
         return {tar: SPLITS.get(word, word) for tar, word in words.items()}
 
-    def _list(self, item: tuple[str, str]) -> list[Sample]:
-        """The samples of a tar, with labels where class ids will be."""
+    def _list(self, item: tuple[str, str]) -> tuple[list[Sample], dict[str, str]]:
+        """The samples of a tar, with labels where class ids will be; the place where each label is seen first."""
         tar, split = item
-        stem = tar.removesuffix(".tar")
-        return [
-            Sample(
-                make_key(f"{stem}/{sample.key}", origin=f"{tar}/{sample.key}"),
-                sample.label,
-                split,
-                tar_ref(tar, sample.offset, sample.size),
-            )
-            for sample in tar_samples(self._root / tar)
-        ]
+        path, stem = self._root / tar, tar.removesuffix(".tar")
+        samples, places = [], dict[str, str]()
+        for key, label, offset, size in tar_samples(path):
+            safe = make_key(f"{stem}/{key}", origin=f"{tar}/{key}")
+            samples.append(Sample(safe, label, split, tar_ref(tar, offset, size)))
+            if label not in places:
+                places[label] = f"{path}: {key}"
+        return samples, places
