@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 
 def measure(files: int = 1_281_167, classes: int = 1000) -> list[dict[str, Any]]:
-    """Seconds and peak memory (MiB) of ours and of the plain way, each in a fresh process, on one tree of empty files."""
+    """Seconds and peak memory (MiB) of ours and of the plain way, each in a fresh process, on a tree of empty files."""
     with tempfile.TemporaryDirectory() as folder:
         _make_tree(Path(folder) / "images", files, classes)
         ours, baseline = (_in_a_process(way, Path(folder)) for way in ("ours", "baseline"))
@@ -35,7 +35,7 @@ def measure(files: int = 1_281_167, classes: int = 1000) -> list[dict[str, Any]]
 
 
 def ours(folder: Path) -> None:
-    """The index stage as a run does it: listing, keys that are safe and unique, splits, shards, written and verified."""
+    """The index stage as a run does it: listing, safe and unique keys, splits, shards, written and verified."""
     from vlcp_dist.config import Config
     from vlcp_dist.stages import index
     from vlcp_dist.stages.base import make_run

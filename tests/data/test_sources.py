@@ -13,7 +13,9 @@ from PIL import Image
 
 from vlcp_dist.data.classes import SUBSETS, ClassInfo, SourceError
 from vlcp_dist.data.images import BadImage, decode, to_array
+from vlcp_dist.data.index import assign, files
 from vlcp_dist.data.sources import Sample, open_source
+from vlcp_dist.data.tars import members
 from vlcp_dist.errors import InputError
 
 SIZE = 16
@@ -503,3 +505,50 @@ def test_an_address_that_nothing_opens():
 def test_digits_need_a_size():
     with pytest.raises(SourceError, match="positive image size"):
         open_source("digits", path=None, image_size=0)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_the_order_does_not_depend_on_threads(tmp_path, monkeypatch, kind):
+    ids = [f"c{i}" for i in range(20)]
+    for number, id in enumerate(ids):
+        if kind == "imagefolder":  # many files in the first folders: the last are listed before them
+            write_tree(tmp_path, {f"{id}/{i}.png": b"" for i in range(200 if number < 3 else 2)})
+        else:
+            parts = [(f"{i}.{e}", b"" if e == "png" else ids[-i % 20].encode())
+                     for i in range(200 if number < 3 else 2) for e in ("png", "cls")]  # fmt: skip
+            write_tar(tmp_path / f"{id}.tar", parts)
+    found, written = [], []
+    for threads in (1, 3, 16):
+        monkeypatch.setattr("vlcp_dist.data.samples._THREADS", threads)
+        source = open_source(kind, path=str(tmp_path), image_size=SIZE)
+        found.append(list(source.samples()))
+        table = assign(source.samples(), validation=0.1, test=0.1, shard_size=50, limit_per_class=None, seed=0)
+        written.append(files(table, source.classes(), shard_size=50))
+    assert found[0] == found[1] == found[2] and written[0] == written[1] == written[2]
+    assert found[0] == sorted(found[0], key=lambda s: (s.split, s.class_id, s.key))
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_lie_where_tarfile_finds_them(tmp_path, format):
+    names = [f"n{i}.png" for i in range(4)] + [f"{'folder/' * 20}{i}.png" for i in range(2)] + ["./a/b.png"]
+    names += ["ünï.png", f"{'ü' * 60}.png"] if format != tarfile.USTAR_FORMAT else []
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = number * 300, number / 2  # halves of seconds need a record in PAX
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    with path.open("rb") as file:
+        found = list(members(file, path, 0, path.stat().st_size))
+    with tarfile.open(path) as tar:
+        assert found == [(member.name, member.offset_data, member.size) for member in tar.getmembers()]
+
+
+def test_no_damaged_header_is_taken_for_a_whole_one(tmp_path):
+    """Every bit of a header counts: any flip is an error, or is seen as tarfile sees it."""
+    path = write_tar(tmp_path / "x.tar", [("a.png", png()), ("b.png", png())])
+    whole = path.read_bytes()
+    for place in range(1024, 1024 + 512, 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x21]) + whole[place + 1 :])
+        with path.open("rb") as file, pytest.raises(SourceError, match=r"damaged after 1 whole members"):
+            list(members(file, path, 0, len(whole)))

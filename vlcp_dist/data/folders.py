@@ -13,7 +13,6 @@ from vlcp_dist.data.ranges import Range, read_ranges
 from vlcp_dist.data.samples import (
     IMAGE_EXTENSIONS,
     SPLITS,
-    THREADS,
     Names,
     OnProgress,
     Sample,
@@ -23,6 +22,7 @@ from vlcp_dist.data.samples import (
     claim,
     class_key,
     extension_of,
+    threads_for,
 )
 from vlcp_dist.data.storage import Location
 from vlcp_dist.data.validation import images_of_class
@@ -53,7 +53,7 @@ class ImageFolder:
     def samples(self, on_progress: OnProgress | None = None) -> Iterator[Sample]:
         folders = [(split, info.id) for split in sorted(self._layout.splits) for info in self._layout.classes]
         seen: dict[str, str] = {}
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads_for(self._root)) as pool:
             for done, found in enumerate(pool.map(self._list, folders), 1):
                 for sample in found:
                     claim(seen, sample, self._root)

@@ -10,7 +10,6 @@ from vlcp_dist.data.classes import ClassInfo, SourceError, find_listing
 from vlcp_dist.data.ranges import open_hops, read_ranges
 from vlcp_dist.data.samples import (
     IMAGE_EXTENSIONS,
-    THREADS,
     Names,
     OnProgress,
     Sample,
@@ -19,6 +18,7 @@ from vlcp_dist.data.samples import (
     claim,
     class_key,
     extension_of,
+    threads_for,
 )
 from vlcp_dist.data.storage import Location
 from vlcp_dist.data.tars import Member, members, size_of, tar_range, tar_ref
@@ -54,7 +54,7 @@ class ImageNet:
             for sample in found:
                 claim(seen, sample, self._root)
             yield from found
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads_for(self._root)) as pool:
             for done, found in enumerate(pool.map(self._list, [info.id for info in classes]), 1):
                 for sample in found:
                     claim(seen, sample, self._root)

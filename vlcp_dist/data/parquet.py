@@ -16,7 +16,6 @@ from vlcp_dist.data.folders import visible
 from vlcp_dist.data.ranges import named, open_parquet
 from vlcp_dist.data.samples import (
     SPLITS,
-    THREADS,
     Names,
     OnProgress,
     Sample,
@@ -25,6 +24,7 @@ from vlcp_dist.data.samples import (
     choose,
     make_key,
     splits_by_name,
+    threads_for,
 )
 from vlcp_dist.data.storage import Location
 
@@ -105,7 +105,7 @@ class Parquet:
     def _list_all(self, on_progress: OnProgress | None) -> tuple[list[ClassInfo], list[Sample]]:
         words = splits_by_name(self._root, _files(self._root), "parquet")
         files: dict[str, _File] = {}
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads_for(self._root)) as pool:
             paths = [self._root / name for name in words]
             for done, (name, file) in enumerate(zip(words, pool.map(_label_column, paths), strict=True), 1):
                 files[name] = file

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from vlcp_dist.data.classes import SourceError
-from vlcp_dist.data.samples import THREADS
 from vlcp_dist.data.storage import Location
 
 # Read ahead of a header in an object store: a few small members or one image's start, far less than a whole tar.
 _AHEAD = 32 * 1024
+_THREADS = 16  # files read at once from a mounted folder, which may be on a network
 
 
 class Range(NamedTuple):
@@ -31,7 +31,7 @@ def read_ranges(root: Location, ranges: Sequence[Range]) -> list[bytes | OSError
     is gone, `SourceError` for one that has become shorter, another OSError for what may pass."""
     found: Sequence[bytes | Exception]
     if isinstance(root, Path):
-        with ThreadPoolExecutor(max(1, min(THREADS, len(ranges)))) as pool:
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(ranges)))) as pool:
             found = list(pool.map(lambda part: _read_local(root, part), ranges))
     else:
         found = _read_remote(root, ranges)
@@ -91,9 +91,11 @@ def _read_remote(root: UPath, ranges: Sequence[Range]) -> list[bytes | Exception
 
 
 def _checked(path: str, part: Range, content: bytes | Exception) -> bytes | OSError | SourceError:
-    behind_the_end = isinstance(content, OSError) and content.errno == errno.EINVAL  # as object stores answer
-    if isinstance(content, Exception) and not (part.size and behind_the_end):
-        return named(content, path)
-    if part.size is not None and (isinstance(content, Exception) or len(content) != part.size):
+    if isinstance(content, Exception):
+        behind_the_end = isinstance(content, OSError) and content.errno == errno.EINVAL  # as object stores answer
+        if not (part.size and behind_the_end):
+            return named(content, path)
+        content = b""
+    if part.size is not None and len(content) != part.size:
         return SourceError(f"{path}: shorter than when it was indexed; restore it or index anew")
     return content

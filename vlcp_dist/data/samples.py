@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from vlcp_dist.data.classes import ClassInfo, SourceError, load_classes, select_ids
@@ -11,8 +12,9 @@ from vlcp_dist.data.storage import Location
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 # What data sets call their splits -> what they are here.
 SPLITS = {"train": "train", "val": "test", "validation": "test", "test": "test"}
-# Folders or files read at once: network file systems and object stores answer late, but many at a time.
-THREADS = 16
+# Folders or files listed at once. Network file systems and object stores answer late, but many at a time; on a local
+# disk, where every answer is there at once, more threads only wait for each other.
+_THREADS, _THREADS_OF_A_STORE = 8, 32
 
 Wanted = list[str] | str | None
 Names = str | Mapping[str, str] | None
@@ -29,6 +31,11 @@ class Sample(NamedTuple):
     class_id: str
     split: str
     ref: str
+
+
+def threads_for(root: Location) -> int:
+    """How many folders or files of a source are to be listed at once. The result is the same for any number."""
+    return _THREADS if isinstance(root, Path) else _THREADS_OF_A_STORE
 
 
 def extension_of(name: str) -> str:

@@ -8,7 +8,6 @@ from vlcp_dist.data.folders import visible
 from vlcp_dist.data.ranges import read_ranges
 from vlcp_dist.data.samples import (
     SPLITS,
-    THREADS,
     Names,
     OnProgress,
     Sample,
@@ -18,6 +17,7 @@ from vlcp_dist.data.samples import (
     claim,
     make_key,
     splits_by_name,
+    threads_for,
 )
 from vlcp_dist.data.storage import Location
 from vlcp_dist.data.tars import tar_range, tar_ref, tar_samples
@@ -56,7 +56,7 @@ class WebDataset:
         seen: dict[str, str] = {}
         places: dict[str, str] = {}
         labelled: list[Sample] = []
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads_for(self._root)) as pool:
             for done, (found, first) in enumerate(pool.map(self._list, tars.items()), 1):
                 for sample in found:
                     claim(seen, sample, self._root)
