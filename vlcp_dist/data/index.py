@@ -21,7 +21,7 @@ from vlcp_dist.data.storage import Location
 from vlcp_dist.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-_BATCH = 100_000  # samples that are Python objects at a time; the rest lie packed in columns
+_BATCH = 10_000  # samples that are Python objects at a time; the rest lie packed in columns
 
 
 class Row(NamedTuple):
