@@ -5,8 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from vlcp_dist.data.storage import Location, locate
 from vlcp_dist.errors import InputError
 
 # Where a listing is looked for beside the images; the first one found is used.
@@ -61,7 +61,7 @@ class ClassInfo:
     name: str
 
 
-def load_classes(ids: Sequence[str], *, listing: str | Path | Mapping[str, str] | None) -> list[ClassInfo]:
+def load_classes(ids: Sequence[str], *, listing: str | Location | Mapping[str, str] | None) -> list[ClassInfo]:
     """The classes `ids`, sorted by id, with their names.
 
     Names come from `listing`: a file that `read_listing` understands, or a mapping of id to name. Without
@@ -88,12 +88,12 @@ def load_classes(ids: Sequence[str], *, listing: str | Path | Mapping[str, str] 
     return [ClassInfo(id, names[id]) for id in sorted(set(ids))]
 
 
-def find_listing(folder: Path) -> Path | None:
+def find_listing(folder: Location) -> Location | None:
     """The class listing that lies in `folder` (see `LISTINGS`), or None."""
     return next((folder / name for name in LISTINGS if (folder / name).is_file()), None)
 
 
-def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo]:
+def read_listing(path: str | Location, *, ids: Iterable[str] = ()) -> list[ClassInfo]:
     """The classes of a listing file, in the order of its lines.
 
     Three forms, told apart by the whole file: `id<TAB>name`; `id name` (ImageNet's LOC_synset_mapping.txt, or
@@ -103,7 +103,7 @@ def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo
     a tab among lines with one.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = (locate(path) if isinstance(path, str) else path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     lines = [line.strip() for line in text.rstrip().split("\n")]
@@ -128,7 +128,7 @@ def read_listing(path: str | Path, *, ids: Iterable[str] = ()) -> list[ClassInfo
     return infos
 
 
-def ids_of_labels(labels: Mapping[str, str], *, listing: str | Path | Mapping[str, str] | None) -> dict[str, str]:
+def ids_of_labels(labels: Mapping[str, str], *, listing: str | Location | Mapping[str, str] | None) -> dict[str, str]:
     """The class id of every label, where a data set labels by id, by name, or by number.
 
     `labels` maps each label to the place where it was first seen, for errors. A number that is no id is a

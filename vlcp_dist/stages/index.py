@@ -3,7 +3,7 @@
 import math
 
 from vlcp_dist.config import Config, content
-from vlcp_dist.data.index import Index, assign
+from vlcp_dist.data.index import Index, assign, files
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.errors import InputError
 from vlcp_dist.stages.base import Run, Stage
@@ -17,18 +17,21 @@ class Worker:
     def __init__(self, run: Run):
         self._run = run
 
-    def process(self, unit: Unit) -> Outcome:
-        data = self._run.cfg.data
-        source = self._run.source
-        rows = assign(
-            source.samples(),
-            validation=data.validation,
-            test=data.test,
-            shard_size=data.shard_size,
-            limit_per_class=data.limit_per_class,
+    def read(self, unit: Unit) -> None:
+        """There is nothing to fetch ahead: listing the source is the work."""
+
+    def process(self, unit: Unit, data: None) -> Outcome:
+        """The three files of an index (see `data.index.files`)."""
+        cfg, source, folder = self._run.cfg.data, self._run.source, self._run.folders["index"]
+        table = assign(
+            source.samples(lambda done, total: folder.heartbeat("scan", done, total)),
+            validation=cfg.validation,
+            test=cfg.test,
+            shard_size=cfg.shard_size,
+            limit_per_class=cfg.limit_per_class,
             seed=self._run.cfg.seed,
         )
-        return Outcome(Index(rows, source.classes()).files(), n_in=len(rows))
+        return Outcome(files(table, source.classes(), shard_size=cfg.shard_size), n_in=len(table))
 
 
 def check_sizes(cfg: Config, index: Index) -> None:
@@ -39,7 +42,7 @@ def check_sizes(cfg: Config, index: Index) -> None:
     """
     largest = max(cfg.ipc)
     for info in index.classes:
-        n = len(index.by_class.get(info.id, []))
+        n = index.class_sizes[info.id]
         kept = n - math.ceil(cfg.prototypes.contamination * (n - 1))  # what the percentile leaves of distinct scores
         if n < 2 and cfg.prototypes.contamination > 0:
             raise InputError(
@@ -53,4 +56,4 @@ def check_sizes(cfg: Config, index: Index) -> None:
             )
 
 
-STAGE = Stage("index", upstream=(), content=lambda cfg: content(cfg.data), units=units, worker=Worker)
+STAGE = Stage("index", upstream=(), content=lambda cfg: content(cfg.data), units=units, worker=Worker, version=2)
