@@ -20,6 +20,7 @@ class Unit:
     name: str
     size: int
     payload: dict[str, Any] = field(default_factory=dict)
+    replaces: float | None = None  # `finished` of the one marker that a new one may take the place of
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,14 @@ class StageFolder:
         """Units that failed for good in the last run, one JSON line each."""
         return self.path / "failures.jsonl"
 
-    def commit(self, unit: Unit, outcome: Outcome, seconds: float) -> Marker:
+    def commit(
+        self, unit: Unit, outcome: Outcome, *, seconds: float, read_seconds: float = 0.0, wait_seconds: float = 0.0
+    ) -> Marker:
         """Write a unit's files, then its marker. Only the marker makes it count."""
+        there = self.marker(unit.name)
+        if there is not None and there["finished"] != unit.replaces:
+            return there
+        began = time.perf_counter()
         files = {}
         for name, content in outcome.files.items():
             digest = storage.write(self.path / name, content)
@@ -91,6 +98,9 @@ class StageFolder:
             "files": files,
             "info": outcome.info,
             "seconds": round(seconds, 3),
+            "read_seconds": round(read_seconds, 3),
+            "wait_seconds": round(wait_seconds, 3),
+            "write_seconds": round(time.perf_counter() - began, 3),
             "finished": round(time.time(), 3),
             "version": vlcp_dist.__version__,
         }
