@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from rich.text import Text
 
 from vlcp_dist.engine.attempts import Task
 from vlcp_dist.engine.executor import Attempt, Executor, Job, Unit
@@ -66,6 +67,7 @@ class Actors:
         self.starting: dict[Any, Slot] = {}
         self.options: dict[str, Any] = {}
         self.last_error = ""
+        self.refusals = 0  # actors in a row that came up and could not take the job, as when a module is missing there
         self._job: Any = None
         self._workers: int | None = None
         self._look_at = 0.0
@@ -81,7 +83,7 @@ class Actors:
             if options != self.options or slot.ready is not None:
                 self._forget(slot)
         self.options, self._workers, self._job = options, job.resources.workers, ray.put(job)
-        self.last_error, self._look_at = "", 0.0
+        self.last_error, self.refusals, self._look_at = "", 0, 0.0
         for slot in self.slots:
             self._begin(slot)
 
@@ -103,10 +105,12 @@ class Actors:
         try:
             ray.get(ref)
         except RayError as error:
-            self.last_error = str(error)
+            self.last_error = Text.from_ansi(str(error)).plain
+            self.refusals += isinstance(error, RayTaskError)
             self._forget(slot)  # and is replaced at the next look, not at once: the next one may fail the same way
             return None
         slot.ready = None
+        self.refusals = 0
         return slot
 
     def lose(self, slot: Slot) -> None:

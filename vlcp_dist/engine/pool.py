@@ -17,6 +17,7 @@ from vlcp_dist.errors import StageFailed
 
 QUICK = 0.075  # seconds of work in a call: quick units travel together, those that take longer travel alone
 LARGEST_CALL = 64  # units
+REFUSALS = 3  # actors that cannot even take the job, with none that can, before the run is an error
 TICK = 1.0  # seconds between looks at the clock when nothing finishes
 
 
@@ -217,6 +218,8 @@ class _Run:
             self._alive_at = now
         elif now - self._alive_at > self._start_timeout:
             raise EngineError(self._cannot_start())
+        elif self._actors.refusals >= REFUSALS:
+            raise EngineError(f"{self._actors.refusals} workers could not take the job: {self._actors.last_error}")
 
     def _overdue(self, slot: Slot, now: float, unit_timeout: float) -> bool:
         """Of two calls one may wait while the other computes, so one is heard of in time, and both in twice that."""
