@@ -2,10 +2,10 @@
 
 import heapq
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from time import monotonic as clock
 
 from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Attempt, Event
@@ -54,7 +54,7 @@ class Attempts:
     @property
     def pause(self) -> float:
         """Seconds until the next paused unit may be tried; infinite when none is paused."""
-        return max(0.0, self._paused[0][0] - time.monotonic()) if self._paused else float("inf")
+        return max(0.0, self._paused[0][0] - clock()) if self._paused else float("inf")
 
     def take(self, most: int = 1) -> list[Task]:
         return [self._ready.popleft() for _ in range(min(most, len(self._ready)))]
@@ -64,7 +64,7 @@ class Attempts:
 
     def wake(self) -> None:
         """Let those be tried whose pause is over."""
-        while self._paused and self._paused[0][0] <= time.monotonic():
+        while self._paused and self._paused[0][0] <= clock():
             self.put_back([heapq.heappop(self._paused)[2]])
 
     def put_back(self, tasks: Sequence[Task]) -> None:
@@ -84,7 +84,7 @@ class Attempts:
                 Event("failed" if final else "retry", task.unit, message=attempt.message, traceback=attempt.traceback)
             )
             if not final:
-                due = time.monotonic() + min(LONGEST_PAUSE, 2.0 ** (task.errors - 1))
+                due = clock() + min(LONGEST_PAUSE, 2.0 ** (task.errors - 1))
                 heapq.heappush(self._paused, (due, next(self._order), task))
 
     def died(self, tasks: Sequence[Task], why: str) -> None:

@@ -2,10 +2,10 @@
 
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter as clock
 from typing import Any, Literal, Protocol
 
 from threadpoolctl import threadpool_limits
@@ -94,6 +94,7 @@ class Executor:
     """
 
     def __init__(self) -> None:
+        self._building = threading.Lock()
         self._computing = threading.Lock()
         self._built: tuple[Job, Worker] | None = None
         self._computed_until = 0.0
@@ -119,27 +120,24 @@ class Executor:
         `wait_seconds` is how long nothing could be computed because this unit's data were not there yet.
         """
         worker = self._worker(job)
-        began = time.perf_counter()
+        began = clock()
         data = worker.read(unit)
-        read = time.perf_counter()
+        read = clock()
         with self._computing:
             self._limit_threads(job.threads)
             waited = max(0.0, read - max(self._computed_until, began))
-            start = time.perf_counter()
+            start = clock()
             try:
                 outcome = worker.process(unit, data)
             finally:
-                self._computed_until = time.perf_counter()
+                self._computed_until = clock()
             seconds = self._computed_until - start
         del data  # its memory is free while the outcome is written
         outcome.info["device"] = _device()
         return job.folder.commit(unit, outcome, seconds=seconds, read_seconds=read - began, wait_seconds=waited)
 
     def _worker(self, job: Job) -> Worker:
-        built = self._built
-        if built is not None and built[0] is job:  # without the lock, which a computing unit holds
-            return built[1]
-        with self._computing:
+        with self._building:
             if self._built is None or self._built[0] is not job:
                 self._built = None  # frees the memory of the stage before
                 self._limit_threads(job.threads)
