@@ -7,9 +7,9 @@ import contextlib
 import os
 import re
 import signal
-import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -66,26 +66,28 @@ def engine(cluster):
     engine.close()
 
 
-@contextlib.contextmanager
-def meanwhile(action):
-    """Run `action` beside the body; what goes wrong in it fails the test."""
-    errors = []
+@pytest.fixture
+def going(engine, run, scratch):
+    """with going(units): the units run while the body acts. At its end the file `gate` is left."""
 
-    def guarded():
-        try:
-            action()
-        except BaseException as error:
-            errors.append(error)
+    @contextlib.contextmanager
+    def going(units):
+        with ThreadPoolExecutor(1) as aside:
+            future = aside.submit(run, engine, units, resources=Resources(gpus=0))
+            try:
+                yield future
+            finally:
+                (scratch / "gate").touch()
 
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    yield
-    thread.join()
-    assert not errors, errors
+    return going
 
 
 def name(node) -> str:
     return node.node_id[:12]
+
+
+def process_of(unit: str, scratch) -> int:
+    return int((scratch / f"{unit}.attempt1").read_text())
 
 
 def some(scratch, pattern, n=1):
@@ -97,56 +99,43 @@ def some(scratch, pattern, n=1):
     return found
 
 
-def test_a_worker_that_is_killed_midway_costs_nothing_but_time(engine, add, run, scratch):
+def test_a_worker_that_is_killed_midway_costs_nothing_but_time(add, going, scratch):
     add(num_cpus=2)
     units = [Unit(f"u{i:02d}", 1) for i in range(12)]
     units[5] = Unit("u05", 1, {"await": ["gate"]})
-
-    def sabotage():
+    with going(units) as running:
         some(scratch, "u05.on-*")
-        os.kill(int((scratch / "u05.attempt1").read_text()), signal.SIGKILL)
-        (scratch / "gate").touch()
-
-    with meanwhile(sabotage):
-        ran = run(engine, units, resources=Resources(gpus=0))
+        os.kill(process_of("u05", scratch), signal.SIGKILL)
+    ran = running.result()
     assert set(ran.final.values()) == {"done"}
     assert "its worker died" in ran.messages("retry")["u05"]
     assert attempts(scratch, "u05") >= 2
 
 
-def test_a_node_that_goes_midway_costs_nothing_but_time(engine, cluster, add, run, scratch):
+def test_a_node_that_goes_midway_costs_nothing_but_time(cluster, add, going, scratch):
     stays, goes = add(num_cpus=1), add(num_cpus=2)
     units = [Unit(f"u{i:02d}", 1, {"await": ["gate"]}) for i in range(12)]
-
-    def sabotage():
-        some(scratch, f"*.on-{name(goes)}", 2)
+    with going(units) as running:
+        there = [path.name.partition(".")[0] for path in some(scratch, f"*.on-{name(goes)}", 2)]
         cluster.remove_node(goes, allow_graceful=False)
-        (scratch / "gate").touch()
-
-    with meanwhile(sabotage):
-        ran = run(engine, units, resources=Resources(gpus=0))
+        for unit in there:
+            os.kill(process_of(unit, scratch), signal.SIGKILL)
+    ran = running.result()
     assert set(ran.final.values()) == {"done"}
-    lost = {path.name.partition(".")[0] for path in scratch.glob(f"*.on-{name(goes)}")}
-    assert lost <= set(ran.messages("retry"))
-    assert {ran.markers[unit]["info"]["node"] for unit in lost} == {name(stays)}
+    assert set(there) <= set(ran.messages("retry"))
+    assert {ran.markers[unit]["info"]["node"] for unit in there} == {name(stays)}
 
 
-def test_a_node_that_comes_midway_gets_work(engine, add, run, scratch):
-    """The units wait for one that runs on a node that comes once the first of them has begun."""
+def test_a_node_that_comes_midway_gets_work(add, going, scratch):
+    """The units wait until one of them runs on a node that comes once the first has begun."""
     first = add(num_cpus=1)
-    units = [Unit(f"u{i}", 1, {"await": ["gate"]}) for i in range(8)]
-    nodes = []
-
-    def help_out():
+    with going([Unit(f"u{i}", 1, {"await": ["gate"]}) for i in range(8)]) as running:
         some(scratch, f"*.on-{name(first)}")
-        nodes.append(add(num_cpus=1))
-        some(scratch, f"*.on-{name(nodes[0])}")
-        (scratch / "gate").touch()
-
-    with meanwhile(help_out):
-        ran = run(engine, units, resources=Resources(gpus=0))
+        second = add(num_cpus=1)
+        some(scratch, f"*.on-{name(second)}")
+    ran = running.result()
     assert set(ran.final.values()) == {"done"}
-    assert {marker["info"]["node"] for marker in ran.markers.values()} == {name(first), name(nodes[0])}
+    assert {marker["info"]["node"] for marker in ran.markers.values()} == {name(first), name(second)}
 
 
 def test_a_unit_that_kills_every_worker_harms_no_other(engine, add, run, scratch):
@@ -202,10 +191,10 @@ def test_prometheus_finds_what_the_run_has_done(engine, add, run):
         "vlcp_units_retried": 1,
         "vlcp_samples": 18,
         "vlcp_written_bytes": sum(len(content) for content in ran.files().values()),
-        "vlcp_compute_seconds": sum(marker["seconds"] for marker in ran.markers.values()),
+        "vlcp_write_seconds": sum(marker["write_seconds"] for marker in ran.markers.values()),
     }
     deadline = time.monotonic() + PATIENCE
-    while (found := {key: scrape().get(key) for key in expected}) != pytest.approx(expected):
+    while (found := {key: scrape().get(key, 0.0) for key in expected}) != pytest.approx(expected):
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
 

@@ -70,11 +70,17 @@ class Actors:
         self.refusals = 0  # actors in a row that came up and could not take the job, as when a module is missing there
         self._job: Any = None
         self._workers: int | None = None
+        self._fit = 0  # as many as the nodes can hold, as of the last look
         self._look_at = 0.0
 
     @property
     def ready(self) -> int:
         return len(self.slots) - len(self.starting)
+
+    @property
+    def expected(self) -> int:
+        """Those that are up, or are starting and have room to."""
+        return max(self.ready, min(len(self.slots), self._fit))
 
     def prepare(self, job: Job) -> None:
         """Hand the job to the actors there are; those with other options, or not up yet, are given up."""
@@ -92,8 +98,8 @@ class Actors:
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + REFRESH
-        # A number that was asked for may be more than there is room for: an autoscaler then brings nodes.
-        wanted = self._workers or capacity(ray.nodes(), self.options)
+        self._fit = capacity(ray.nodes(), self.options)
+        wanted = self._workers or self._fit  # what was asked for may be more than fits: an autoscaler then brings nodes
         for _ in range(max(1, min(wanted, most)) - len(self.slots)):
             slot = Slot(_Actor.options(**self.options).remote(), ready=None)
             self.slots[slot] = None

@@ -118,7 +118,7 @@ class _Run:
                     self._settle(ref)
             if time.monotonic() - self._ticked_at > TICK:
                 self._tick()
-        self._metrics.send(self._actors.ready)
+        self._metrics.send(0)  # none works on this stage any more
 
     def _finished(self) -> list[Any]:
         """All calls that have returned, waiting for one if there is none yet."""
@@ -133,7 +133,10 @@ class _Run:
         return finished
 
     def _dispatch(self) -> None:
-        """One call for every actor first, then a second for each, so that the last units are shared evenly."""
+        """One call for every actor first, then a second for each while others would still find something to do.
+
+        The last units go to whoever is free first, rather than wait behind one that may take long.
+        """
         for depth in range(IN_FLIGHT):
             slots = [slot for slot in self._room if len(slot.calls) == depth]
             if depth == 0:
@@ -141,15 +144,16 @@ class _Run:
                     self._send(slots.pop(), [self._attempts.take_suspect()], alone=True)
             else:
                 slots = slots[self._attempts.suspects :]  # so many fall idle for the suspects that are left
+            others = self._actors.expected - 1 if depth else 0
             for slot in slots:
-                if not self._attempts.ready:
+                if self._attempts.ready <= others:
                     break
                 self._send(slot, self._attempts.take(self._call_size()), alone=False)
 
     def _call_size(self) -> int:
         if self._seconds_per_unit is None:
             return 1
-        fair = math.ceil(self._attempts.ready / (self._actors.ready * IN_FLIGHT))
+        fair = math.ceil(self._attempts.ready / (self._actors.expected * IN_FLIGHT))
         return max(1, min(LARGEST_CALL, fair, int(QUICK / max(self._seconds_per_unit, 1e-6))))
 
     def _send(self, slot: Slot, tasks: list[Task], *, alone: bool) -> None:
