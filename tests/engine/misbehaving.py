@@ -57,6 +57,13 @@ def _act(act: str | None, attempt: int) -> None:
         raise Stopped("saved at step 7")
     if act == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if act == "eat":
+        hold = []
+        while True:  # until somebody kills this process
+            hold.append(b"x" * 2**26)
+            time.sleep(0.1)
+            if len(hold) > 48:
+                raise MemoryError("3 GiB, and nobody minded")
     if act == "hang":
         threading.Event().wait()
 

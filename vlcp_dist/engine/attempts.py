@@ -87,14 +87,14 @@ class Attempts:
                 due = clock() + min(LONGEST_PAUSE, 2.0 ** (task.errors - 1))
                 heapq.heappush(self._paused, (due, next(self._order), task))
 
-    def died(self, tasks: Sequence[Task], why: str) -> None:
-        """The worker of these units died before it had a result of any of them."""
+    def died(self, tasks: Sequence[Task], why: str, details: str = "") -> None:
+        """The worker of these units died before it had a result of any of them. `details` go where tracebacks go."""
         for task in tasks:
             task.suspect = True
             task.deaths += len(tasks) == 1
             if task.deaths >= DEATHS_TO_QUARANTINE:
                 message = f"quarantined: {task.deaths} workers died of it; the last time {why}"
-                self._on_event(Event("failed", task.unit, message=message, traceback=message))
+                self._on_event(Event("failed", task.unit, message=message, traceback=details or message))
             else:
-                self._on_event(Event("retry", task.unit, message=why))
+                self._on_event(Event("retry", task.unit, message=why, traceback=details))
                 self._suspects.append(task)

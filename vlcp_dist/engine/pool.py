@@ -175,7 +175,7 @@ class _Run:
             text = Text.from_ansi(str(error)).plain
             attempts, seconds = [Attempt(message=repr(error.cause), traceback=text)] * len(tasks), 0.0
         except RayError as error:  # a dead actor, a dead node, or Ray's own out-of-memory kill
-            self._bury(slot, f"its worker died: {error}")
+            self._bury(slot, f"its worker died: {_cause(error)}", str(error))
             return
         del self._flying[ref], slot.calls[ref]
         self._room[slot] = None
@@ -192,9 +192,9 @@ class _Run:
         for task, attempt in zip(tasks, attempts, strict=False):
             self._attempts.settle(task, attempt)
 
-    def _bury(self, slot: Slot, why: str) -> None:
+    def _bury(self, slot: Slot, why: str, details: str = "") -> None:
         if lost := self._harvest(slot):
-            self._attempts.died(lost, why)
+            self._attempts.died(lost, why, details)
 
     def _harvest(self, slot: Slot) -> list[Task]:
         """Give an actor up. What it had finished counts; the units it had not are returned."""
@@ -239,3 +239,9 @@ class _Run:
             f"no worker could be started within engine.start_timeout={self._start_timeout} s: a worker needs "
             f"{describe(options)}; the cluster has {describe_cluster(nodes, options)}{error}"
         )
+
+
+def _cause(error: RayError) -> str:
+    """The one line of Ray's many that says why."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if "because" in line), lines[0])
