@@ -47,7 +47,9 @@ def scratch(tmp_path):
 def run(tmp_path, scratch):
     """run(engine, units, ...) -> Ran; every unit has ended in exactly one event, and what is done has its files."""
 
-    def run(engine, units: list[Unit], *, resources=TWO, stage="test", on_event=None, should_stop=never):
+    def run(
+        engine, units: list[Unit], *, resources=TWO, stage="test", unit_timeout=None, on_event=None, should_stop=never
+    ):
         folder = StageFolder(tmp_path / "stage")
         events: list[Event] = []
 
@@ -56,7 +58,7 @@ def run(tmp_path, scratch):
             if on_event:
                 on_event(event)
 
-        job = Job(stage, folder, Misbehaving, scratch, resources=resources)
+        job = Job(stage, folder, Misbehaving, scratch, resources=resources, unit_timeout=unit_timeout)
         engine.run(job, units, note, should_stop)
         final = [(e.unit.name, e.kind) for e in events if e.kind != "retry"]
         assert max(Counter(name for name, _ in final).values()) == 1

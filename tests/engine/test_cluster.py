@@ -61,7 +61,7 @@ def add(cluster):
 
 @pytest.fixture
 def engine(cluster):
-    engine = RayEngine(max_retries=2, unit_timeout=None, start_timeout=60)
+    engine = RayEngine(max_retries=2, start_timeout=60)
     yield engine
     engine.close()
 

@@ -23,8 +23,8 @@ def pool(ray_cluster):
     """pool(...) -> RayEngine, closed at the end."""
     engines = []
 
-    def pool(unit_timeout=None, start_timeout=120):
-        engines.append(RayEngine(max_retries=2, unit_timeout=unit_timeout, start_timeout=start_timeout))
+    def pool(start_timeout=120):
+        engines.append(RayEngine(max_retries=2, start_timeout=start_timeout))
         return engines[-1]
 
     yield pool
@@ -113,14 +113,14 @@ def test_dead_workers_are_replaced_and_a_deadly_unit_is_quarantined(pool, run):
 
 def test_a_hanging_worker_is_killed(pool, run):
     units = [Unit("hangs", 1, {"act": "hang", "times": 1}), *(Unit(f"u{i}", 1) for i in range(4))]
-    ran = run(pool(unit_timeout=3), units)
+    ran = run(pool(), units, unit_timeout=3)
     assert set(ran.final.values()) == {"done"}
     assert attempts(ran.scratch, "hangs") == 2
     assert "engine.unit_timeout=3 s" in ran.messages("retry")["hangs"]
 
 
 def test_a_unit_that_hangs_every_worker_is_quarantined(pool, run):
-    ran = run(pool(unit_timeout=1), [Unit("hangs", 1, {"act": "hang"}), Unit("fine", 1)])
+    ran = run(pool(), [Unit("hangs", 1, {"act": "hang"}), Unit("fine", 1)], unit_timeout=1)
     assert ran.final == {"hangs": "failed", "fine": "done"}
     assert "quarantined: 3 workers died of it; the last time it took longer than" in ran.messages("failed")["hangs"]
 

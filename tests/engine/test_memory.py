@@ -23,7 +23,7 @@ def engine():
         include_dashboard=False,
         _system_config={"memory_usage_threshold": (used + 2 * GIB) / limit, "memory_monitor_refresh_ms": 100},
     )
-    engine = RayEngine(max_retries=2, unit_timeout=None, start_timeout=60)
+    engine = RayEngine(max_retries=2, start_timeout=60)
     yield engine
     engine.close()
     ray.shutdown()

@@ -47,6 +47,7 @@ class Job:
     """What an engine needs to know of a stage to run its units. Everything in it can be sent to another machine.
 
     `threads` is fixed by the configuration, not by the machine: arithmetic depends on it in the last digit.
+    `unit_timeout` is in seconds; a unit that takes longer is one whose worker hangs (in a pool, which can kill it).
     """
 
     stage: str
@@ -55,6 +56,7 @@ class Job:
     argument: Any
     threads: int = 1
     resources: Resources = field(default_factory=Resources)
+    unit_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,11 @@ class EngineError(StageFailed):
 class RayEngine:
     """Runs the units of one job after the other on actors, which stay while the jobs ask for the same resources.
 
-    `unit_timeout`: seconds after which a unit's worker is killed, or None. `start_timeout`: seconds without any
-    live actor after which the run is an error.
+    `start_timeout`: seconds without any live actor after which the run is an error.
     """
 
-    def __init__(self, *, max_retries: int, unit_timeout: float | None, start_timeout: float):
+    def __init__(self, *, max_retries: int, start_timeout: float):
         self._max_retries = max_retries
-        self._unit_timeout = unit_timeout
         self._start_timeout = start_timeout
         self._actors = Actors()
 
@@ -60,7 +58,7 @@ class RayEngine:
             on_event(event)
 
         attempts = Attempts(units, max_retries=self._max_retries, on_event=report)
-        run = _Run(self._actors, attempts, metrics, self._unit_timeout, self._start_timeout)
+        run = _Run(self._actors, attempts, metrics, job.unit_timeout, self._start_timeout)
         try:
             self._actors.prepare(job)
             run.loop(should_stop)
