@@ -68,7 +68,7 @@ class Actors:
         self.options: dict[str, Any] = {}
         self.last_error = ""
         self.refusals = 0  # actors in a row that came up and could not take the job, as when a module is missing there
-        self._job: Any = None
+        self._job: Job | None = None
         self._workers: int | None = None
         self._fit = 0  # as many as the nodes can hold, as of the last look
         self._look_at = 0.0
@@ -88,7 +88,7 @@ class Actors:
         for slot in list(self.slots):
             if options != self.options or slot.ready is not None:
                 self._forget(slot)
-        self.options, self._workers, self._job = options, job.resources.workers, ray.put(job)
+        self.options, self._workers, self._job = options, job.resources.workers, job
         self.last_error, self.refusals, self._look_at = "", 0, 0.0
         for slot in self.slots:
             self._begin(slot)
@@ -130,7 +130,7 @@ class Actors:
             self._forget(slot)
 
     def _begin(self, slot: Slot) -> None:
-        slot.ready = slot.actor.begin.remote(self._job)
+        slot.ready = slot.actor.begin.remote(self._job)  # small: it travels in the call, not by the object store
         self.starting[slot.ready] = slot
 
     def _forget(self, slot: Slot) -> None:
