@@ -167,7 +167,8 @@ def _efficiency(workers: int, units_each: int) -> Row:
             units = _units(n * units_each)
             rates[n] = len(units) / _run(engine, _job(root / f"run{n}", LONG, workers=n), units)
             engine.close()
-        memory = psutil.virtual_memory()
+        used = psutil.virtual_memory().used / 2**30
+    share = rates[workers] / (workers * rates[1])
     return {
         "name": "engine.efficiency",
         "ours": rates[workers],
@@ -175,9 +176,9 @@ def _efficiency(workers: int, units_each: int) -> Row:
         "ceiling": workers * rates[1],
         "ratio": rates[workers] / rates[1],
         "unit": "units/s",
-        "efficiency": rates[workers] / (workers * rates[1]),
-        "note": f"{workers} workers, {units_each} units of {LONG:g} s each: {rates[workers] / (workers * rates[1]):.3f} of "
-        f"{workers} times one; {workers} nodes were up in {started:.0f} s, {memory.used / 2**30:.0f} GiB in use",
+        "efficiency": share,
+        "note": f"{workers} workers, {units_each} units of {LONG:g} s each: {share:.3f} of {workers} times one; "
+        f"{workers} nodes were up in {started:.0f} s, {used:.0f} GiB in use",
     }
 
 
