@@ -14,7 +14,7 @@ from vlcp_dist.engine.executor import Event, Job, Resources, never
 TWO = Resources(workers=2, gpus=0)
 
 # Actors import this folder's modules. A worker's environment is that of its node, which this process starts.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 @dataclass
