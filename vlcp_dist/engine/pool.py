@@ -104,8 +104,8 @@ class _Run:
             stopping = stopping or should_stop()
             if stopping and not self._flying:
                 break
+            self._attempts.wake()
             if not stopping:
-                self._attempts.wake()
                 self._actors.keep(len(self._attempts) + len(self._flying))
                 self._dispatch()
             for ref in self._finished():
