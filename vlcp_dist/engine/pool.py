@@ -1,208 +1,245 @@
 """Units on Ray actors. The driver owns every attempt: it retries, replaces what died and gives up with a reason."""
 
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rich.text import Text
 
-from vlcp_dist.engine.executor import Event, Executor, Job, Unit
+from vlcp_dist.engine.actors import CALL_SECONDS, IN_FLIGHT, Actors, Call, Slot, describe, describe_cluster
+from vlcp_dist.engine.attempts import Attempts, Task
+from vlcp_dist.engine.executor import Attempt, Event, Job, Unit, never
+from vlcp_dist.engine.metrics import Metrics
 from vlcp_dist.errors import StageFailed
 
-IN_FLIGHT = 2  # the next unit waits in the actor's queue, so that an actor never idles between units
-DEATHS_TO_QUARANTINE = 3
-TICK = 1.0  # seconds between looks at timeouts when nothing finishes
+QUICK = 0.075  # seconds of work in a call: quick units travel together, those that take longer travel alone
+LARGEST_CALL = 64  # units
+REFUSALS = 3  # actors that cannot even take the job, with none that can, before the run is an error
+TICK = 1.0  # seconds between looks at the clock when nothing finishes
 
 
 class EngineError(StageFailed):
     """No unit can run; the message says what the cluster has and what was asked of it."""
 
 
-@dataclass
-class _Task:
-    unit: Unit
-    errors: int = 0
-    deaths: int = 0
-
-
-@dataclass
-class _Slot:
-    """An actor, the tasks sent to it in their order, and when the first of them began."""
-
-    actor: Any
-    ready: Any
-    tasks: dict[Any, _Task] = field(default_factory=dict)
-    began: float = 0.0
-
-
 class RayEngine:
-    """Actors with `cpus_per_worker` CPUs and `gpus_per_worker` GPUs each, kept from stage to stage."""
+    """Runs the units of one job after the other on actors, which stay while the jobs ask for the same resources.
 
-    def __init__(
-        self,
-        *,
-        workers: int | None,
-        cpus_per_worker: int,
-        gpus_per_worker: float | None,
-        max_retries: int,
-        unit_timeout: float | None,
-        start_timeout: float,
-    ):
-        resources = ray.cluster_resources()
-        if gpus_per_worker is None:
-            gpus_per_worker = 1 if resources.get("GPU", 0) >= 1 else 0
-        self._gpus = gpus_per_worker
-        self._cpus = cpus_per_worker
-        self._max_workers = workers
+    `start_timeout`: seconds without any live actor after which the run is an error.
+    """
+
+    def __init__(self, *, max_retries: int, start_timeout: float):
         self._max_retries = max_retries
-        self._unit_timeout = unit_timeout
         self._start_timeout = start_timeout
-        self._slots: list[_Slot] = []
-        self._slot_cpus = 0
-        self._start_error = ""
+        self._actors = Actors()
 
-    def run(self, job: Job, units: Iterable[Unit], on_event: Callable[[Event], None]) -> None:
-        """Process all units; every one of them ends in exactly one `done` or `failed` event.
+    def run(
+        self,
+        job: Job,
+        units: Iterable[Unit],
+        on_event: Callable[[Event], None],
+        should_stop: Callable[[], bool] = never,
+    ) -> None:
+        """Process all units; every one of them ends in exactly one `done`, `failed` or `stopped` event.
+
+        Once `should_stop()` is true nothing new is sent out; what is in flight is finished, and those left have no
+        event. It is asked at least once a second and some dozen times a second when units are quick.
 
         Raises:
-            EngineError: no actor could be started within `start_timeout` seconds.
+            EngineError: there was no live actor for `start_timeout` seconds, or Ray itself is gone.
         """
-        cpus = max(self._cpus, job.threads)
-        if cpus != self._slot_cpus:
-            self.close()
-            self._slot_cpus = cpus
-        pending = deque(_Task(unit) for unit in units)
-        reference = ray.put(job)
-        stalled_since = time.monotonic()
-        while pending or any(slot.tasks for slot in self._slots):
-            self._keep_actors(len(pending) + sum(len(slot.tasks) for slot in self._slots))
-            self._dispatch(reference, pending)
-            waiting = [ref for slot in self._slots for ref in (slot.tasks if slot.ready is None else [slot.ready])]
-            finished, _ = ray.wait(waiting, timeout=TICK)
-            for ref in finished:
-                self._settle(ref, pending, on_event)
-            self._kill_overdue(pending, on_event)
-            if any(slot.ready is None for slot in self._slots):
-                stalled_since = time.monotonic()
-            elif time.monotonic() - stalled_since > self._start_timeout:
-                raise EngineError(self._cannot_start())
+        metrics = Metrics(job.stage)
+
+        def report(event: Event) -> None:
+            metrics.count(event)
+            on_event(event)
+
+        attempts = Attempts(units, max_retries=self._max_retries, on_event=report)
+        run = _Run(self._actors, attempts, metrics, job.unit_timeout, self._start_timeout)
+        try:
+            self._actors.prepare(job)
+            run.loop(should_stop)
+        except BaseException as error:
+            self.close()  # whatever is in flight belongs to nobody now
+            if isinstance(error, RayError):
+                raise EngineError(
+                    f"{job.stage}: Ray does not answer any more: {error}\nWhat is done stays done: "
+                    f"see that the cluster is up and run the same command again."
+                ) from error
+            raise
 
     def close(self) -> None:
         """Give the actors' CPUs, GPUs and memory back."""
-        for slot in self._slots:
-            ray.kill(slot.actor)
-        self._slots = []
+        self._actors.close()
 
-    def _keep_actors(self, tasks: int) -> None:
-        self._slots = [slot for slot in self._slots if self._has_started_or_may(slot)]
-        room = ray.cluster_resources()
-        capacity = int(room.get("CPU", 0) // self._slot_cpus)
-        if self._gpus:
-            capacity = min(capacity, int(room.get("GPU", 0) / self._gpus))
-        limit = max(1, min(self._max_workers or capacity, capacity, tasks))
-        while len(self._slots) < limit:
-            actor: Any = _Actor.options(num_cpus=self._slot_cpus, num_gpus=self._gpus).remote()
-            self._slots.append(_Slot(actor, ready=actor.__ray_ready__.remote()))
 
-    def _dispatch(self, job: Any, pending: deque[_Task]) -> None:
-        """One unit for every actor first, then a second for each, so that the last units are shared evenly."""
-        for depth in range(1, IN_FLIGHT + 1):
-            for slot in self._slots:
-                if not pending:
-                    return
-                if slot.ready is None and len(slot.tasks) < depth:
-                    task = pending.popleft()
-                    if not slot.tasks:
-                        slot.began = time.monotonic()
-                    slot.tasks[slot.actor.process.remote(job, task.unit)] = task
+class _Run:
+    """One stage's units on their way. A call that returns costs the same however many actors there are."""
 
-    def _settle(self, ref: Any, pending: deque[_Task], on_event: Callable[[Event], None]) -> None:
-        slot = next((slot for slot in self._slots if ref in slot.tasks), None)
-        if slot is None:  # its actor was given up together with it a moment ago
-            return
+    def __init__(
+        self,
+        actors: Actors,
+        attempts: Attempts,
+        metrics: Metrics,
+        unit_timeout: float | None,
+        start_timeout: float,
+    ):
+        self._actors = actors
+        self._attempts = attempts
+        self._metrics = metrics
+        self._unit_timeout = unit_timeout
+        self._start_timeout = start_timeout
+        self._flying: dict[Any, Slot] = {}
+        self._room: dict[Slot, None] = {}  # may be sent a call
+        self._seconds_per_unit: float | None = None
+        self._alive_at = time.monotonic()
+        self._ticked_at = 0.0
+
+    def loop(self, should_stop: Callable[[], bool]) -> None:
+        stopping = False
+        while self._flying or self._attempts:
+            stopping = stopping or should_stop()
+            if stopping and not self._flying:
+                break
+            self._attempts.wake()
+            if not stopping:
+                self._actors.keep(len(self._attempts) + len(self._flying))
+                self._dispatch()
+            for ref in self._finished():
+                if ref in self._actors.starting:
+                    if slot := self._actors.started(ref):
+                        self._room[slot] = None
+                elif ref in self._flying:  # else its actor was given up a moment ago, and the unit with it
+                    self._settle(ref)
+            if time.monotonic() - self._ticked_at > TICK:
+                self._tick()
+        self._metrics.send(0)  # none works on this stage any more
+
+    def _finished(self) -> list[Any]:
+        """All calls that have returned, waiting for one if there is none yet."""
+        waiting = [*self._flying, *self._actors.starting]
+        pause = min(TICK, self._attempts.pause)
+        if not waiting:
+            time.sleep(pause)
+            return []
+        finished, rest = ray.wait(waiting, timeout=pause)
+        if finished and rest:
+            finished += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return finished
+
+    def _dispatch(self) -> None:
+        """One call for every actor first, then a second for each while others would still find something to do.
+
+        The last units go to whoever is free first, rather than wait behind one that may take long.
+        """
+        for depth in range(IN_FLIGHT):
+            slots = [slot for slot in self._room if len(slot.calls) == depth]
+            if depth == 0:
+                while slots and self._attempts.suspects:
+                    self._send(slots.pop(), [self._attempts.take_suspect()], alone=True)
+            else:
+                slots = slots[self._attempts.suspects :]  # so many fall idle for the suspects that are left
+            others = self._actors.expected - 1 if depth else 0
+            for slot in slots:
+                if self._attempts.ready <= others:
+                    break
+                self._send(slot, self._attempts.take(self._call_size()), alone=False)
+
+    def _call_size(self) -> int:
+        if self._seconds_per_unit is None:
+            return 1
+        fair = math.ceil(self._attempts.ready / (self._actors.expected * IN_FLIGHT))
+        return max(1, min(LARGEST_CALL, fair, int(QUICK / max(self._seconds_per_unit, 1e-6))))
+
+    def _send(self, slot: Slot, tasks: list[Task], *, alone: bool) -> None:
+        now = time.monotonic()
+        if not slot.calls:
+            slot.heard = now
+        ref = slot.actor.process.remote([task.unit for task in tasks])
+        slot.calls[ref] = Call(tasks, now, alone)
+        self._flying[ref] = slot
+        if alone or len(slot.calls) == IN_FLIGHT:
+            del self._room[slot]
+
+    def _settle(self, ref: Any) -> None:
+        slot = self._flying[ref]
+        tasks = slot.calls[ref].tasks
         try:
-            marker = ray.get(ref)
-        except RayTaskError as error:
-            task = slot.tasks.pop(ref)
-            self._retry(task, error, pending, on_event)
-            if "CUDA error" in str(error.cause):  # after one, every call in that process fails
-                ray.kill(slot.actor)
-                self._slots.remove(slot)
-                pending.extendleft(reversed(slot.tasks.values()))
-                return
+            attempts, seconds = ray.get(ref)
+        except RayTaskError as error:  # of the call itself, such as a unit that the actor cannot read
+            text = Text.from_ansi(str(error)).plain
+            attempts, seconds = [Attempt(message=repr(error.cause), traceback=text)] * len(tasks), 0.0
         except RayError as error:  # a dead actor, a dead node, or Ray's own out-of-memory kill
-            self._bury(slot, pending, on_event, f"its worker died: {error}")
+            self._bury(slot, f"its worker died: {_cause(error)}", str(error))
             return
-        else:
-            task = slot.tasks.pop(ref)
-            on_event(Event("done", task.unit, marker=marker))
-        slot.began = time.monotonic()
+        del self._flying[ref], slot.calls[ref]
+        self._room[slot] = None
+        slot.heard = time.monotonic()
+        self._account(tasks, attempts, seconds)
+        if attempts[-1].poisoned:
+            self._attempts.put_back(self._harvest(slot))
 
-    def _retry(self, task: _Task, error: RayTaskError, pending: deque[_Task], on_event: Callable[[Event], None]):
-        task.errors += 1
-        cause = error.cause
-        message = f"{type(cause).__name__}: {cause}"
-        # A ValueError speaks of the input, which another attempt finds unchanged.
-        if isinstance(cause, ValueError) or task.errors > self._max_retries:
-            on_event(Event("failed", task.unit, message=message, traceback=Text.from_ansi(str(error)).plain))
-        else:
-            on_event(Event("retry", task.unit, message=message))
-            pending.append(task)
+    def _account(self, tasks: list[Task], attempts: list[Attempt], seconds: float) -> None:
+        """Book the units of a call that has returned. A call's size follows the slowest of late."""
+        each = seconds / len(attempts)
+        self._seconds_per_unit = max(each, (self._seconds_per_unit or 0.0) / 2)
+        self._attempts.put_back(tasks[len(attempts) :])
+        for task, attempt in zip(tasks, attempts, strict=False):
+            self._attempts.settle(task, attempt)
 
-    def _bury(self, slot: _Slot, pending: deque[_Task], on_event: Callable[[Event], None], why: str) -> None:
-        """Forget a dead actor. Only the unit it was working on is blamed; the one queued behind it is not."""
-        self._slots.remove(slot)
-        lost = []
-        for ref, task in slot.tasks.items():
+    def _bury(self, slot: Slot, why: str, details: str = "") -> None:
+        if lost := self._harvest(slot):
+            self._attempts.died(lost, why, details)
+
+    def _harvest(self, slot: Slot) -> list[Task]:
+        """Give an actor up. What it had finished counts; the units it had not are returned."""
+        self._actors.lose(slot)
+        self._room.pop(slot, None)
+        lost: list[Task] = []
+        for ref, call in slot.calls.items():
+            del self._flying[ref]
             try:
-                on_event(Event("done", task.unit, marker=ray.get(ref, timeout=0)))
+                self._account(call.tasks, *ray.get(ref, timeout=0))
             except (RayError, GetTimeoutError):
-                lost.append(task)
-        if not lost:
-            return
-        suspect, *innocent = lost
-        pending.extendleft(reversed(innocent))
-        suspect.deaths += 1
-        if suspect.deaths >= DEATHS_TO_QUARANTINE:
-            message = f"quarantined: {suspect.deaths} workers died of it; the last time {why}"
-            on_event(Event("failed", suspect.unit, message=message, traceback=message))
-        else:
-            on_event(Event("retry", suspect.unit, message=why))
-            pending.append(suspect)
+                lost += call.tasks
+        slot.calls = {}
+        return lost
 
-    def _kill_overdue(self, pending: deque[_Task], on_event: Callable[[Event], None]) -> None:
-        if self._unit_timeout is None:
-            return
-        for slot in list(self._slots):
-            if slot.tasks and time.monotonic() - slot.began > self._unit_timeout:
-                ray.kill(slot.actor)
-                self._bury(slot, pending, on_event, f"it took longer than engine.unit_timeout={self._unit_timeout} s")
+    def _tick(self) -> None:
+        """What is looked at by the clock: overdue units, the metrics, and whether there is any actor at all."""
+        now = self._ticked_at = time.monotonic()
+        if self._unit_timeout is not None:
+            why = f"it took longer than engine.unit_timeout={self._unit_timeout} s"
+            for slot in [slot for slot in self._actors.slots if self._overdue(slot, now, self._unit_timeout)]:
+                self._bury(slot, why)
+        self._metrics.send(self._actors.ready)
+        if self._actors.ready:
+            self._alive_at = now
+        elif now - self._alive_at > self._start_timeout:
+            raise EngineError(self._cannot_start())
+        elif self._actors.refusals >= REFUSALS:
+            raise EngineError(f"{self._actors.refusals} workers could not take the job: {self._actors.last_error}")
 
-    def _has_started_or_may(self, slot: _Slot) -> bool:
-        """Notes an actor that has come up; False for one that died before it did."""
-        if slot.ready is not None:
-            try:
-                ray.get(slot.ready, timeout=0)
-                slot.ready = None
-            except GetTimeoutError:
-                pass  # still starting
-            except RayError as error:
-                self._start_error = f"; the last one that tried died: {error}"
-                return False
-        return True
+    def _overdue(self, slot: Slot, now: float, unit_timeout: float) -> bool:
+        """Of two calls one may wait while the other computes, so one is heard of in time, and both in twice that."""
+        limit = unit_timeout + CALL_SECONDS
+        return bool(slot.calls) and (
+            now - slot.heard > limit or any(now - call.sent > 2 * limit for call in slot.calls.values())
+        )
 
     def _cannot_start(self) -> str:
-        has, free = ray.cluster_resources(), ray.available_resources()
+        options, nodes = self._actors.options, ray.nodes()
+        error = f"; the last one that tried: {self._actors.last_error}" if self._actors.last_error else ""
         return (
             f"no worker could be started within engine.start_timeout={self._start_timeout} s: a worker needs "
-            f"{self._slot_cpus} CPU and {self._gpus} GPU; the cluster has {has.get('CPU', 0):g} CPU and "
-            f"{has.get('GPU', 0):g} GPU, of which {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
-            f"{self._start_error}"
+            f"{describe(options)}; the cluster has {describe_cluster(nodes, options)}{error}"
         )
 
 
-_Actor = ray.remote(max_restarts=0, max_task_retries=0)(Executor)
+def _cause(error: RayError) -> str:
+    """The one line of Ray's many that says why."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if "because" in line), lines[0])
