@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -123,9 +123,17 @@ class Head:
 def head():
     # Not below pytest's folder: the paths of Ray's sockets may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary, ExitStack() as stack:
-        head = Head(Path(temporary))
+        head = _start(Path(temporary))
         stack.callback(head.end)
         yield head
+
+
+def _start(temporary: Path, attempts: int = 3) -> Head:
+    """A head that is up. Ray gives its processes 30 seconds for that; on a busy machine it may take another attempt."""
+    for _ in range(attempts - 1):
+        with suppress(AssertionError):
+            return Head(temporary)
+    return Head(temporary)
 
 
 def _free_ports(count: int) -> list[int]:
