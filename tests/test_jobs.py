@@ -1,0 +1,205 @@
+"""Submission with `ray job submit`: what is uploaded, the exit status, and a stopped job that is submitted again."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from runs import MICRO, artefacts, markers
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+SMALL = ["ipc=[1]", "synthesize.strategies=[DCS]", "evaluate.baselines=[]", "pretrain.vae_steps=2", "finetune.epochs=2"]
+VERSION = "0.0.0+uploaded"  # of the package in the working folder: no installed one has it
+# What lies about in a real working folder and must stay out of the upload.
+EXCLUDED = [
+    ".git/objects/pack/a.pack",
+    ".mypy_cache/a.json",
+    ".venv/bin/python",
+    "checkpoints/unet.safetensors",
+    "data/images/a.png",
+    "runs/a/report.html",
+    "shards/000000.tar",
+    "vlcp_dist/__pycache__/a.pyc",
+]
+# The driver on what looks like a machine with a GPU, as a head node often is.
+WATCHED = """
+import runpy
+import torch
+import vlcp_dist
+
+def initialise(*_):
+    raise RuntimeError("the driver initialised CUDA")
+
+torch.cuda.is_available = lambda: True
+torch.cuda._lazy_init = initialise
+print("driver runs", vlcp_dist.__file__)
+runpy.run_path("jobs/distill.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A working folder with the package, the job files, a configuration and much that must not be uploaded."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("vlcp_dist", "jobs", "configs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(MICRO, folder / "micro.yaml")
+    (folder / "watched.py").write_text(WATCHED)
+    (folder / "vlcp_dist" / "__init__.py").write_text(f'__version__ = "{VERSION}"\n')
+    for name in EXCLUDED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(1024))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkout, tmp_path_factory):
+    """A quiet run of the same checkout without Ray."""
+    root = tmp_path_factory.mktemp("reference") / "run"
+    command = [sys.executable, "jobs/distill.py", "-c", "micro.yaml", f"root={root}", "engine=serial", *SMALL]
+    subprocess.run(command, cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, check=True)
+    return root
+
+
+class Head:
+    """A Ray head of its own on this machine; `session` holds what it unpacked."""
+
+    def __init__(self, temporary: Path):
+        gcs, dashboard, *others = _free_ports(7)
+        token = temporary / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+        self.env = ours | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "PYTHONUNBUFFERED": "1",  # the lines of a job as they come
+            "RAY_ADDRESS": f"127.0.0.1:{gcs}",  # Ray Train looks for a cluster by itself and must find no other
+        }
+        self.session = temporary / "session_latest"
+        ports = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+                 "runtime-env-agent-port", "metrics-export-port")  # fmt: skip
+        self._process = subprocess.Popen(
+            [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}", f"--port={gcs}",
+             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             "--min-worker-port=0", "--max-worker-port=0",
+             *(f"--{name}={port}" for name, port in zip(ports, others, strict=True))],
+            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        until(self._process, "Ray runtime started")
+
+    def start(self, *arguments: object, cwd: Path | None = None) -> subprocess.Popen:
+        command = [BIN / "ray", "job", *map(str, arguments)]
+        return subprocess.Popen(
+            command, env=self.env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def job(self, *arguments: object, cwd: Path | None = None) -> tuple[int, str]:
+        """`ray job ...` to its end: exit code and output."""
+        process = self.start(*arguments, cwd=cwd)
+        log, _ = process.communicate()
+        return process.returncode, log
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def head():
+    # Not below pytest's folder: the paths of Ray's sockets may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary, ExitStack() as stack:
+        head = _start(Path(temporary))
+        stack.callback(head.end)
+        yield head
+
+
+def _start(temporary: Path, attempts: int = 3) -> Head:
+    """A head that is up. Ray gives its processes 30 seconds for that; on a busy machine it may take another attempt."""
+    for _ in range(attempts - 1):
+        with suppress(AssertionError):
+            return Head(temporary)
+    return Head(temporary)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def until(process: subprocess.Popen, pattern: str) -> None:
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if re.search(pattern, line):
+            return
+    raise AssertionError(f"{pattern} was never printed, exit code {process.wait()}: {''.join(seen[-20:])}")
+
+
+def submission(root: Path, *overrides: str, script: str = "jobs/distill.py", name: str = "") -> list[str]:
+    options = ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml"]
+    options += ["--submission-id", name] if name else []
+    arguments = ["--config", "micro.yaml", f"root={root}", *SMALL, *overrides, "--progress-interval", "0"]
+    return ["submit", *options, "--", "python", script, *arguments]
+
+
+def test_driver_and_workers_run_the_uploaded_package(head, checkout, tmp_path):
+    code, log = head.job(*submission(tmp_path / "run", "--only", "index", script="watched.py"), cwd=checkout)
+    assert code == 0, log
+    unpacked = Path(re.search(r"driver runs (.*)/vlcp_dist/__init__.py", log)[1])
+    assert unpacked.is_relative_to(head.session.resolve())
+    (marker,) = (tmp_path / "run").glob("index-*/done/*.json")
+    assert json.loads(marker.read_text())["version"] == VERSION
+    uploaded = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if "__pycache__" not in path.parts}
+    kept = {str(path.relative_to(checkout)) for path in checkout.rglob("*.py")}
+    assert kept | {"micro.yaml", "jobs/runtime_env.yaml", "configs/demo.yaml"} <= uploaded
+    assert not uploaded & {parent for name in EXCLUDED for parent in (name, Path(name).parts[0])} - {"vlcp_dist"}
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("ipcc=[1]", r"failed with exit code 2[\s\S]*unknown key 'ipcc'; did you mean 'ipc'"),
+        ("data.path=/absent", r"failed with exit code 1[\s\S]*/absent"),
+    ],
+)
+def test_a_job_that_cannot_be_done_fails_with_the_reason(head, checkout, tmp_path, override, reason):
+    code, log = head.job(*submission(tmp_path / "run", "data.source=imagefolder", override), cwd=checkout)
+    assert code == 1
+    assert re.search(reason, log), log
+    assert "Traceback" not in log
+
+
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, checkout, reference, tmp_path):
+    root = tmp_path / "run"
+    first = head.start(*submission(root, name="first"), cwd=checkout)
+    until(first, r"caption: 1 of 5")
+    _, stopped = head.job("stop", "first")
+    log, _ = first.communicate()
+    assert "was stopped" in stopped
+    assert "the same command goes on from here" in log and "Traceback" not in log
+    kept = markers(root)
+    assert kept and kept.keys() < markers(reference).keys()
+    code, log = head.job(*submission(root, script="watched.py"), cwd=checkout)
+    assert code == 0, log
+    assert "succeeded" in log and "report: " in log
+    assert "initialised CUDA" not in log
+    assert kept.items() <= markers(root).items()
+    assert artefacts(root) == artefacts(reference)
