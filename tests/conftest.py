@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3
 
+import s3
 from vlcp_dist import config
 
 # No statistics are sent from tests, and Ray's own log lines stay out of the output.

@@ -18,7 +18,7 @@ LAYERS = {  # what each part may import of the package
     "status": {"stages", "data"},
     "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "errors"},
     "report": {"report", "pipeline", "status", "stages", "data", "config", "errors"},
-    "cli": {"report", "pipeline", "status", "interrupt", "engine", "config", "errors"},
+    "cli": {"report", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
     "__main__": {"cli"},
 }
 RAY = {"engine/pool.py", "engine/actors.py", "engine/metrics.py", "stages/finetune.py", "pipeline.py"}

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -15,7 +17,7 @@ from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Event
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.engine.serial import SerialEngine
-from vlcp_dist.errors import InputError, StageFailed, Stopped
+from vlcp_dist.errors import ConfigError, InputError, StageFailed, Stopped
 from vlcp_dist.interrupt import Interrupt, Terminated
 from vlcp_dist.stages import (
     base,
@@ -78,6 +80,11 @@ def run(
     plan = stages(cfg)
     _check_names(plan, only)
     context = base.make_run(cfg, plan)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in cfg.root and not cfg.root.startswith("/"):
+        raise ConfigError(
+            f"root={cfg.root} would lie in the uploaded copy of this job, on the head node alone; "
+            f"give an absolute path that all nodes share, or a URL such as s3://bucket/run"
+        )
     root = storage.locate(cfg.root)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -266,7 +273,10 @@ class Engines:
         if not ray.is_initialized():
             # Without an address this machine alone is meant, not a cluster that happens to run on it.
             address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+            before = signal.getsignal(signal.SIGTERM)
             ray.init(address=address, logging_level=logging.WARNING)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which ends with another exit code
             self._started_ray = True
         return RayEngine(max_retries=engine.max_retries, start_timeout=engine.start_timeout)
 

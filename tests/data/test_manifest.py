@@ -4,9 +4,9 @@ import json
 import pickle
 
 import pytest
-import s3
 from s3fs import S3FileSystem
 
+import s3
 from vlcp_dist.data import manifest, storage
 from vlcp_dist.data.manifest import Failure, Outcome, StageFolder, Unit
 from vlcp_dist.errors import InputError

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import s3
 from s3fs import S3FileSystem
 
+import s3
 from vlcp_dist.data import cache, locks, objects, storage
 from vlcp_dist.errors import InputError
 

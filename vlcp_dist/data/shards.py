@@ -2,7 +2,6 @@
 
 import io
 import mmap
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import webdataset as wds
 from vlcp_dist.data import storage
 from vlcp_dist.data.sources import SourceError
 from vlcp_dist.data.storage import Location
-from vlcp_dist.data.tars import members_of
+from vlcp_dist.data.tars import members
 from vlcp_dist.data.threads import concurrently
 from vlcp_dist.errors import InputError
 
@@ -102,9 +101,8 @@ def parse_npy(data: memoryview | bytes) -> np.ndarray:
 def _members(copy: Path, path: Location) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of what is in the local file `copy` of the tar at `path`."""
     try:
-        with tarfile.open(copy, "r:") as tar:
-            for member in members_of(tar, copy):
-                yield member.name, member.offset_data, member.size
-    except (tarfile.TarError, SourceError) as error:
-        reason = str(error).replace(f"{copy}: ", "")
-        raise ShardError(f"{path}: {reason}: delete {path} and run again") from error
+        with copy.open("rb") as file:
+            for member in members(file, path, 0, copy.stat().st_size):
+                yield member.name, member.offset, member.size
+    except SourceError as error:
+        raise ShardError(f"{error}: delete {path} and run again") from error

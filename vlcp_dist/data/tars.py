@@ -7,7 +7,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vlcp_dist.data.classes import SourceError
@@ -199,37 +198,3 @@ def _text(file: BinaryIO, member: Member, place: str) -> str:
         return file.read(member.size).decode()
     except UnicodeDecodeError as error:
         raise SourceError(f"{place}: {member.name} is not UTF-8 text ({error}); write the tar anew") from None
-
-
-def members_of(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The visible files of a tar, checked to be whole: `tarfile` ends silently at a damaged header."""
-    end = path.stat().st_size
-    count, last = 0, "none"
-    while True:
-        try:
-            member = tar.next()
-        except tarfile.ReadError:
-            member = None
-        if member is None and _has_end_mark(path, tar.offset):
-            return
-        if member is None or member.offset_data + member.size > end:
-            raise SourceError(
-                f"{path}: cut short or damaged after {count} whole members (the last is {last}); "
-                f"write or fetch this tar again"
-            )
-        count, last = count + 1, member.name
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise SourceError(f"{path}: member {member.name} points outside the tar; write it with relative names")
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            raise SourceError(f"{path}: member {member.name} is a link, a device or sparse; store it as a plain file")
-        file = member.name.rpartition("/")[2]
-        if "." in file and not file.startswith("."):
-            yield member
-
-
-def _has_end_mark(path: Path, offset: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

@@ -151,6 +151,8 @@ def actor_options(job: Job, nodes: list[dict[str, Any]]) -> dict[str, Any]:
         "num_gpus": gpus,
         "max_concurrency": IN_FLIGHT,
     }
+    if not gpus:  # else Ray lets the actor see every GPU of its node, and it would take the first
+        options["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}}
     if asked.memory:
         options["memory"] = asked.memory
     if asked.custom:

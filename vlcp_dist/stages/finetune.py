@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,7 +315,9 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
         ),
     )
     try:
-        trainer.fit()
+        # Not in the main thread, where it would put its own handler of Ctrl-C in place of the run's.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(trainer.fit).result()
     except TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {}).values()
         cause = next(iter(causes), error)
