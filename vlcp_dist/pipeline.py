@@ -114,7 +114,7 @@ def run(
                 if stage.name == "index":
                     check_sizes(cfg, context.index)
                     states = {stage.name: stage_status(context, stage) for stage in plan}
-                _check_failures(cfg, list(states.values()))
+                _check_failures(cfg, [states[before.name] for before in plan[: plan.index(stage) + 1]])
             outcome = "done" if all(state.complete for state in states.values()) else "incomplete"
         except (Stopped, KeyboardInterrupt, Terminated):
             outcome = "interrupted"

@@ -164,7 +164,7 @@ def test_the_digits_of_the_run_are_encoded_too(whole):
     rows = list(whole.index.split("train"))
     assert list(latents) == [row.key for row in rows]
     for row in rows[::17]:
-        image = Image.open(io.BytesIO(whole.source.read(row.ref))).convert("RGB")
+        image = Image.open(io.BytesIO(whole.source.read([row.ref])[0])).convert("RGB")
         distribution, scale = posterior(whole, squashed(image))
         np.testing.assert_allclose(latents[row.key], distribution.mean[0] * scale, rtol=2e-3, atol=2e-3)
 

@@ -32,7 +32,9 @@ def records(run, stage):
 
 def real(run, rows):
     """Images uint8 (n, 3, 32, 32) and labels of index rows; digits are stored at that size."""
-    images = [np.asarray(Image.open(io.BytesIO(run.source.read(row.ref))).convert("RGB")) for row in rows]
+    images = [
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in run.source.read([row.ref for row in rows])
+    ]
     labels = [CLASSES.index(row.class_id) for row in rows]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
