@@ -72,7 +72,7 @@ def test_ctrl_c_once_finishes_what_is_in_flight(reference, tmp_path, engine):
 @pytest.mark.parametrize("engine", ["serial", "ray"])
 def test_ctrl_c_in_fine_tuning_writes_a_checkpoint_and_goes_on_from_it(tmp_path, engine):
     root = tmp_path / "run"
-    long = ["finetune.checkpoint_every=100000", "finetune.epochs=150"]
+    long = ["finetune.checkpoint_every=100000", "finetune.epochs=16"]
     process = start(root, f"engine.kind={engine}", *long, interval="0.2")
     until(process, r"finetune: .*step (?!1/)\d+/")
     os.killpg(process.pid, signal.SIGINT)
