@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 import s3
+from runs import MICRO, SMALL, vlcp
 from vlcp_dist import config
 
 # No statistics are sent from tests, and Ray's own log lines stay out of the output.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-
-MICRO = Path(__file__).parent / "micro.yaml"
 
 
 @pytest.fixture
@@ -48,3 +47,11 @@ def bucket(s3_server, tmp_path, monkeypatch) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     S3FileSystem().mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def small_reference(tmp_path_factory) -> Path:
+    """A quiet run of runs.SMALL without Ray, and its files."""
+    root = tmp_path_factory.mktemp("small") / "run"
+    vlcp("run", "-c", str(MICRO), f"root={root}", "engine=serial", *SMALL)
+    return root

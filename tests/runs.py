@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 MICRO = Path(__file__).parent / "micro.yaml"
+SMALL = [
+    "data.shard_size=8",
+    "ipc=[1]",
+    "synthesize.strategies=[DCS]",
+    "evaluate.baselines=[]",
+]  # more units, less work
 
 
 def artefacts(root: Path) -> dict[str, str]:

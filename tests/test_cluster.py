@@ -7,22 +7,14 @@ import subprocess
 
 import pytest
 
-from runs import MICRO, artefacts, command, markers, vlcp
+from runs import MICRO, SMALL, artefacts, command, markers
 
-SMALL = ["data.shard_size=8", "ipc=[1]", "synthesize.strategies=[DCS]", "evaluate.baselines=[]"]
 QUICK_TO_NOTICE = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    root = tmp_path_factory.mktemp("reference") / "run"
-    vlcp("run", "-c", str(MICRO), f"root={root}", "engine=serial", *SMALL)
-    return root
 
 
 @pytest.fixture
@@ -49,7 +41,7 @@ def until(process: subprocess.Popen, pattern: str) -> None:
     raise AssertionError(f"{pattern} was never printed, exit code {process.wait()}: {''.join(seen[-20:])}")
 
 
-def test_a_node_is_lost_another_joins_and_the_driver_is_killed(cluster, reference, tmp_path):
+def test_a_node_is_lost_another_joins_and_the_driver_is_killed(cluster, small_reference, tmp_path):
     root = tmp_path / "run"
     lost = cluster.add_node(num_cpus=1)
     first = start(cluster, root)
@@ -66,4 +58,4 @@ def test_a_node_is_lost_another_joins_and_the_driver_is_killed(cluster, referenc
     _, log = second.communicate()
     assert second.returncode == 0, log
     assert kept.items() <= markers(root).items()
-    assert artefacts(root) == artefacts(reference)
+    assert artefacts(root) == artefacts(small_reference)
