@@ -34,9 +34,8 @@ def test_every_stage_leaves_its_artefacts(reference):
     assert not list(reference.glob("finetune-*/checkpoint*"))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_gives_the_bytes_of_the_serial_engine(reference, tmp_path, workers):
-    vlcp("run", "-c", str(MICRO), f"root={tmp_path / 'run'}", f"engine.workers={workers}")
+def test_ray_gives_the_bytes_of_the_serial_engine(reference, tmp_path):
+    vlcp("run", "-c", str(MICRO), f"root={tmp_path / 'run'}", "engine.workers=2")
     assert artefacts(tmp_path / "run") == artefacts(reference)
 
 
