@@ -79,18 +79,13 @@ def run(
     """
     plan = stages(cfg)
     _check_names(plan, only)
-    context = base.make_run(cfg, plan)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in cfg.root and not cfg.root.startswith("/"):
         raise ConfigError(
             f"root={cfg.root} would lie in the uploaded copy of this job, on the head node alone; "
             f"give an absolute path that all nodes share, or a URL such as s3://bucket/run"
         )
-    root = storage.locate(cfg.root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"root={cfg.root} cannot be written to: {error.strerror or error}; choose another") from error
-    with storage.exclusive(root / "lock") as lease, Engines(cfg) as engines:
+    context = base.make_run(cfg, plan)
+    with storage.exclusive(storage.locate(cfg.root) / "lock") as lease, Engines(cfg) as engines:
 
         def should_stop() -> bool:
             return lease.lost() or (interrupt is not None and interrupt.requested())
