@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from vlcp_dist import pipeline
 from vlcp_dist.data import shards, storage
 from vlcp_dist.engine.progress import Progress
-from vlcp_dist.errors import InputError, StageFailed
+from vlcp_dist.errors import ConfigError, InputError, StageFailed
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -129,6 +129,12 @@ def test_two_runs_on_one_root(config_of):
     Path(cfg.root).mkdir()
     with storage.exclusive(Path(cfg.root) / "lock"), pytest.raises(InputError, match="in use by process"):
         run(cfg)
+
+
+def test_a_job_does_not_write_into_its_uploaded_copy(micro, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as Ray sets it for the command of a job
+    with pytest.raises(ConfigError, match=r"root=runs/a .*absolute path that all nodes share"):
+        run(micro(root=Path("runs/a")))
 
 
 def test_an_empty_folder_and_a_class_with_one_image(config_of, folder, tmp_path):
