@@ -98,3 +98,20 @@ def test_a_new_seed_or_source_renames_everything(micro):
 def test_shipped_configs_are_valid_and_say_what_they_are(path):
     assert path.read_text().startswith("#")
     config.load(path)
+
+
+def test_a_listing_counts_by_its_content_not_its_place(micro, tmp_path):
+    folders = []
+    for place, text in (("a", "digit-0\tnull\n"), ("b", "digit-0\tnull\n"), ("c", "digit-0\tnil\n")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "classes.txt").write_text(text)
+        cfg = micro(f"data.class_names={tmp_path / place / 'classes.txt'}")
+        folders.append(base.make_run(cfg, pipeline.stages(cfg)).folders["evaluate"].path.name)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_stage_gets_what_it_asks_for_itself_else_what_all_get(micro):
+    engine = micro("engine.cpus_per_worker=2", "engine.stages={caption: {gpus_per_worker: 0.5, workers: 3}}").engine
+    caption, encode = engine.placement("caption"), engine.placement("encode")
+    assert (caption.cpus_per_worker, caption.gpus_per_worker, caption.workers) == (2, 0.5, 3)
+    assert (encode.cpus_per_worker, encode.gpus_per_worker, encode.workers) == (2, None, None)

@@ -77,16 +77,21 @@ def test_ctrl_c_in_fine_tuning_writes_a_checkpoint_and_goes_on_from_it(tmp_path,
     assert json.loads(marker.read_text())["info"]["resumed_at_step"] > 1
 
 
-@pytest.mark.parametrize(("signals", "code"), [((signal.SIGINT, signal.SIGINT), 130), ((signal.SIGTERM,), 143)])
-def test_two_ctrl_c_or_a_sigterm_end_it_at_once(small_reference, tmp_path, signals, code):
+@pytest.mark.parametrize(
+    ("moment", "signals", "code"),
+    [
+        (r"caption: 1 of 15", (signal.SIGINT, signal.SIGINT), 130),
+        (r"caption: 1 of 15", (signal.SIGTERM,), 143),
+        (r"finetune: .*step (?!1/)\d+/", (signal.SIGTERM,), 143),
+    ],
+)
+def test_two_ctrl_c_or_a_sigterm_end_it_at_once(small_reference, tmp_path, moment, signals, code):
     root = tmp_path / "run"
-    process = start(root)
-    until(process, r"caption: 1 of 15")
+    process = start(root, "finetune.epochs=5000", interval="0.2" if "finetune" in moment else "0")
+    until(process, moment)
     for number in signals:
         process.send_signal(number)
-        if number == signal.SIGINT and signals[-1] != number:
-            until(process, "in flight")
-    _, rest = process.communicate()
+    _, rest = process.communicate(timeout=120)  # the training alone would take many times that
     assert process.returncode == code, rest
     assert "what is done stays done" in rest and "Traceback" not in rest
     done = markers(root)
@@ -193,19 +198,44 @@ def test_a_trial_of_some_units_measures_the_rates(tmp_path):
     assert json.loads((root / "progress.json").read_text())["state"] == "incomplete"
 
 
-def test_retry_failed_below_the_limit(tmp_path, copy):
-    """Units that hold failed samples are done again when asked for, though the limit allows them."""
+def with_a_failure(marker: Path) -> None:
+    """Make a marker say that one sample of its unit had failed."""
+    record = json.loads(marker.read_text())
+    failed = [{"key": "digit-0-0000", "reason": "of old", "source": "0"}]
+    marker.write_text(json.dumps(record | {"n_failed": 1, "n_ok": record["n_in"] - 1, "failed": failed}))
+
+
+def test_what_is_made_from_a_unit_that_changed_no_longer_counts(copy):
     arguments = ["-c", str(MICRO), f"root={copy}", "engine=serial", *SMALL, "max_failed_samples=5"]
-    path = next(copy.glob("caption-*/done/000000.json"))
-    marker = json.loads(path.read_text())
-    key = "digit-0-0000"
-    marker |= {"n_failed": 1, "n_ok": marker["n_in"] - 1, "failed": [{"key": key, "reason": "of old", "source": "0"}]}
-    path.write_text(json.dumps(marker))
-    before = markers(copy)
-    vlcp("run", *arguments)
-    assert markers(copy)[str(path.relative_to(copy))] == before[str(path.relative_to(copy))]
+    marker = next(copy.glob("caption-*/done/000000.json"))
+    with_a_failure(marker)
+    rows = {row["stage"]: row for row in state_of(copy, "max_failed_samples=5")}
+    assert rows["caption"]["done"] == 15
+    assert {name for name, row in rows.items() if not row["done"]} == {
+        "pretrain", "encode", "finetune", "prototypes", "synthesize", "evaluate",
+    }  # fmt: skip
+    assert all("made from" in why for why in rows["evaluate"]["damaged"].values())
+    assert vlcp("status", *arguments, check=False).returncode == 1
     vlcp("run", *arguments, "--only", "caption", "--retry-failed")
-    assert json.loads(path.read_text())["n_failed"] == 0
+    assert json.loads(marker.read_text())["n_failed"] == 0
+    assert vlcp("status", *arguments).returncode == 0
+    assert not list(copy.glob("*.superseded-1"))
+
+
+def test_retry_failed_does_not_train_again_for_what_failed_before_it(copy):
+    arguments = ["-c", str(MICRO), f"root={copy}", "engine=serial", *SMALL, "max_failed_samples=5"]
+    unet = next(copy.glob("finetune-*/done/unet.json"))
+    with_a_failure(unet)
+    before = markers(copy)
+    vlcp("run", *arguments, "--retry-failed")
+    assert markers(copy)[str(unet.relative_to(copy))] == before[str(unet.relative_to(copy))]
+    assert json.loads(unet.read_text())["n_failed"] == 1
+
+
+def test_status_is_not_content_above_the_limit(copy):
+    with_a_failure(next(copy.glob("evaluate-*/done/**/seed=0.json")))
+    shown = vlcp("status", "-c", str(MICRO), f"root={copy}", *SMALL, check=False)
+    assert shown.returncode == 1 and "1 samples failed, more than max_failed_samples=0" in shown.stderr
 
 
 def test_a_run_in_an_object_store_leaves_what_a_local_one_does(small_reference, bucket, tmp_path):

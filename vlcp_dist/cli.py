@@ -4,6 +4,8 @@ import errno
 import json
 import sys
 import time
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -93,7 +95,7 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
     """What is cached, what would run, and what it will take: GPU hours and bytes, at the rates measured so far."""
     from vlcp_dist.engine.progress import duration
 
-    rows = [state.summary() for state in _states(config_path, overrides)]
+    rows = [state.summary() for state in _states(config.load(config_path, overrides))]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -128,7 +130,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """How far every stage is, from the markers and files alone. Exit code 0 only if all of it is done and intact."""
-    states = _states(config_path, overrides)
+    cfg = config.load(config_path, overrides)
+    from vlcp_dist.status import failures
+
+    states = _states(cfg)
     rows = [state.summary() for state in states]
     if verify:
         for state, row in zip(states, rows, strict=True):
@@ -153,11 +158,17 @@ def status(
             )
         _show(table)
         for row in rows:
-            for unit, why in row["damaged"].items():
-                print(f"{row['stage']}: {unit} will be done again: {why}")
+            for why, units in groupby(sorted(row["damaged"].items(), key=itemgetter(1)), key=itemgetter(1)):
+                names = [name for name, _ in units]
+                more = f" and {len(names) - 1} more units" if len(names) > 1 else ""
+                print(f"{row['stage']}: {names[0]}{more} will be done again: {why}")
             for file, why in row.get("corrupt", {}).items():
                 print(f"{row['stage']}: {file}: {why}; delete it and run again")
-    if any(row["units"] is None or row["done"] < row["units"] or row.get("corrupt") for row in rows):
+    failed = len(failures(states))
+    if failed > cfg.max_failed_samples:
+        print(f"{failed} samples failed, more than max_failed_samples={cfg.max_failed_samples}", file=sys.stderr)
+    incomplete = any(row["units"] is None or row["done"] < row["units"] or row.get("corrupt") for row in rows)
+    if incomplete or failed > cfg.max_failed_samples:
         raise typer.Exit(1)
 
 
@@ -196,10 +207,10 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-def _states(config_path: str, overrides: list[str] | None) -> "list[StageStatus]":
+def _states(cfg: config.Config) -> "list[StageStatus]":
     from vlcp_dist import pipeline
 
-    return pipeline.status(config.load(config_path, overrides))
+    return pipeline.status(cfg)
 
 
 def _left(state: "StageStatus") -> str:

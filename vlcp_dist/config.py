@@ -22,7 +22,9 @@ PROMPT = (
     "Include details about its shape, posture, color, and any distinct features."
 )
 Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
-StageName = Literal["index", "caption", "pretrain", "encode", "prototypes", "synthesize", "baselines", "evaluate"]
+StageName = Literal[
+    "index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
+]
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -182,7 +184,11 @@ class Placement(Section):
     memory_per_worker: float | None = Field(None, gt=0, description="GiB that the scheduler reserves")
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="custom Ray resources")
     node_labels: dict[str, str] = Field({}, description="run only on nodes with these Ray labels")
-    unit_timeout: float | None = Field(None, gt=0, description="seconds a unit may take before its worker is replaced")
+    unit_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds, loading models included, after which a unit's worker is replaced; not in fine-tuning",
+    )
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -1,6 +1,5 @@
 """The stages in their order: what is done, and running what is left."""
 
-import hashlib
 import logging
 import os
 import signal
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from vlcp_dist.config import Config
@@ -31,7 +31,7 @@ from vlcp_dist.stages import (
     synthesize,
 )
 from vlcp_dist.stages.index import check_sizes
-from vlcp_dist.status import StageStatus, failures, stage_status
+from vlcp_dist.status import StageStatus, digests, failures, stage_status, stale_stages
 
 FAILURES_EVERY = 5.0  # seconds between writes of failures.jsonl
 
@@ -52,10 +52,12 @@ def stages(cfg: Config) -> list[base.Stage]:
 
 
 def status(cfg: Config) -> list[StageStatus]:
-    """Every stage's state, from its markers and files alone."""
+    """Every stage's state, from its markers and files alone. What the next run will set aside does not count."""
     plan = stages(cfg)
     run = base.make_run(cfg, plan)
-    return [stage_status(run, stage) for stage in plan]
+    states = [stage_status(run, stage) for stage in plan]
+    stale = stale_stages(states)
+    return [state.without_markers(stale[state.stage.name]) if state.stage.name in stale else state for state in states]
 
 
 def run(
@@ -79,16 +81,17 @@ def run(
     """
     plan = stages(cfg)
     _check_names(plan, only)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in cfg.root and not cfg.root.startswith("/"):
-        raise ConfigError(
-            f"root={cfg.root} would lie in the uploaded copy of this job, on the head node alone; "
-            f"give an absolute path that all nodes share, or a URL such as s3://bucket/run"
-        )
+    _check_places(cfg)
     context = base.make_run(cfg, plan)
     with storage.exclusive(storage.locate(cfg.root) / "lock") as lease, Engines(cfg) as engines:
 
         def should_stop() -> bool:
-            return lease.lost() or (interrupt is not None and interrupt.requested())
+            if lease.lost():
+                raise StageFailed(
+                    f"the lease on {cfg.root} could not be renewed, so another run may have taken it over; this one "
+                    f"ends. What is done stays done: run the same command again."
+                )
+            return interrupt is not None and interrupt.requested()
 
         states = {stage.name: stage_status(context, stage) for stage in plan}
         again = retry_failed or len(failures(states.values())) > cfg.max_failed_samples
@@ -102,8 +105,6 @@ def run(
                     context, stage, engines, progress, states,
                     again=again, max_units=max_units, should_stop=should_stop, interrupt=interrupt,
                 )  # fmt: skip
-                if lease.lost():
-                    raise StageFailed(f"another run has taken over {cfg.root}; this one ends. What is done stays done.")
                 if should_stop():
                     raise Stopped(stage.name)
                 if stage.name == "index":
@@ -132,6 +133,20 @@ def _waits(stage: base.Stage, states: dict[str, StageStatus], only: Collection[s
     return bool(missing)
 
 
+def _check_places(cfg: Config) -> None:
+    """Inside a Ray job, refuse places in the uploaded copy: they are on one node alone, and elsewhere next time."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    places = {"root": cfg.root, "data.path": cfg.data.path, "caption.model": cfg.caption.model}
+    for name, place in {**places, "diffusion.model": cfg.diffusion.model}.items():
+        local = place is not None and "://" not in place and (name == "root" or Path(place).exists())
+        if local and Path(place or "").absolute().is_relative_to(Path.cwd()):
+            raise ConfigError(
+                f"{name}={place} would lie in the uploaded copy of this job; "
+                f"give an absolute path that all nodes share, or a URL such as s3://bucket/folder"
+            )
+
+
 def _check_names(plan: list[base.Stage], only: Collection[str]) -> None:
     """Refuse the name of a stage that this run does not have."""
     names = [stage.name for stage in plan]
@@ -154,7 +169,9 @@ def _run_stage(
     """Do what is left of a stage, and what holds failed samples once more if that is asked for."""
     state = stage_status(context, stage)
     folder = context.folders[stage.name]
-    redo = {name: marker for name, marker in state.markers.items() if again and marker["n_failed"]}
+    redo = {
+        name: marker for name, marker in state.markers.items() if again and stage.reads_images and marker["n_failed"]
+    }
     keep = {name: marker for name, marker in state.markers.items() if name not in redo}
     todo = [
         replace(unit, replaces=redo[unit.name]["finished"]) if unit.name in redo else unit
@@ -164,7 +181,7 @@ def _run_stage(
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
         return state
-    folder.open(inputs={name: _digests(states[name]) for name in stage.upstream if name in states})
+    folder.open(inputs={name: digests(states[name]) for name in stage.upstream if name in states})
     failed: list[dict[str, str]] = []
     written = time.monotonic()
 
@@ -199,29 +216,12 @@ def _run_stage(
     return state
 
 
-def _digests(state: StageStatus) -> dict[str, str]:
-    """What of each finished unit decides whether that which was made from it still holds: its failed samples.
-
-    Not its bytes: another GPU gives other last digits, and a file that was lost and made again must cost no more.
-    """
-    return {
-        name: hashlib.sha256("\n".join(sorted(f["key"] for f in marker["failed"])).encode()).hexdigest()[:16]
-        for name, marker in state.markers.items()
-    }
-
-
 def _set_aside_stale(context: base.Run, plan: list[base.Stage], states: dict[str, StageStatus]) -> None:
     """Set aside the stages made from units that have been done again with another outcome, and what follows from them.
 
     The last stage first: a kill on the way leaves the first one to be found stale by the next run.
     """
-    stale: set[str] = set()
-    for stage in plan:
-        before = context.folders[stage.name].inputs() or {}
-        now = {name: _digests(states[name]) for name in before if name in states}
-        changed = any(now[name].get(unit, digest) != digest for name in now for unit, digest in before[name].items())
-        if before and (changed or stale & set(stage.upstream)):
-            stale.add(stage.name)
+    stale = stale_stages(states.values())
     for stage in reversed(plan):
         if stage.name in stale:
             context.folders[stage.name].supersede()
@@ -253,7 +253,7 @@ class Engines:
         if stage.launch is not None and self._cfg.engine.kind == "ray":
             self._engine.close()  # it needs the machines that the actors hold
             for unit in units:
-                stage.launch(context, job, unit, on_event)
+                stage.launch(context, job, unit, on_event, should_stop)
         else:
             self._engine.run(job, units, on_event, should_stop)
 

@@ -1,7 +1,8 @@
 """How far each stage is and what the rest will cost: summed from markers, never from memory."""
 
+import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlcp_dist.data.manifest import Marker, StageFolder, Unit
@@ -30,6 +31,9 @@ class StageStatus:
     @property
     def complete(self) -> bool:
         return self.units is not None and len(self.markers) == len(self.units)
+
+    def without_markers(self, why: str) -> "StageStatus":
+        return replace(self, markers={}, damaged=self.damaged | dict.fromkeys(self.markers, why))
 
     def summary(self) -> dict[str, Any]:
         """The row of this stage in `vlcp status` and `vlcp plan`, JSON-ready."""
@@ -100,6 +104,33 @@ def stage_status(run: base.Run, stage: base.Stage) -> StageStatus:
     gpus = run.cfg.engine.placement(stage.name).gpus_per_worker
     workers = run.cfg.finetune.workers if stage.launch else 1
     return StageStatus(stage, folder, units, scan.done, scan.damaged, gpus, workers)
+
+
+def digests(state: StageStatus) -> dict[str, str]:
+    """What of each finished unit decides whether that which was made from it still holds: its failed samples.
+
+    Not its bytes: another GPU gives other last digits, and a file that was lost and made again must cost no more.
+    """
+    return {
+        name: hashlib.sha256("\n".join(sorted(f["key"] for f in marker["failed"])).encode()).hexdigest()[:16]
+        for name, marker in state.markers.items()
+    }
+
+
+def stale_stages(states: Iterable[StageStatus]) -> dict[str, str]:
+    """The stages, with the reason, that were made from units done again with another outcome, and what follows."""
+    stale: dict[str, str] = {}
+    now: dict[str, dict[str, str]] = {}
+    for state in states:
+        now[state.stage.name] = digests(state)
+        before = state.folder.inputs()
+        if not before:
+            continue
+        for name in state.stage.upstream:
+            changed = [u for u, digest in before.get(name, {}).items() if now.get(name, {}).get(u, digest) != digest]
+            if name in stale or changed:
+                stale.setdefault(state.stage.name, f"it was made from {name}, parts of which have been made anew since")
+    return stale
 
 
 def failures(statuses: Iterable[StageStatus]) -> list[dict[str, str]]:

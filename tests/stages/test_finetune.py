@@ -223,3 +223,15 @@ def test_noise_is_normal_timesteps_uniform_and_texts_are_dropped_by_their_share(
     assert kept == pytest.approx(0.7, abs=0.04)
     assert all(batch.keep_text.all() for batch in listed(50, 8, text_dropout=0.0))
     assert not any(batch.keep_text.any() for batch in listed(50, 8, text_dropout=1.0))
+
+
+def test_what_is_wrong_with_the_input_is_not_tried_again(run_with):
+    """Ray Train starts all processes again after any error: a second start finds the reason and trains nothing."""
+    run = run_with("finetune.epochs=3")
+    stage = finetune.STAGE
+    (unit,) = stage.units(run)
+    folder = run.folders["finetune"]
+    folder.path.mkdir(parents=True)
+    (folder.path / finetune.FINAL_ERROR).write_text("{}")
+    finetune._train_loop({"job": stage.job(run), "unit": unit})
+    assert folder.marker(unit.name) is None

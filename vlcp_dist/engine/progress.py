@@ -18,6 +18,7 @@ from rich.table import Table
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Marker, StageFolder, Unit
 from vlcp_dist.engine.executor import Event
+from vlcp_dist.errors import InputError
 
 FILE_EVERY = 5.0  # seconds between writes of progress.json
 
@@ -39,6 +40,8 @@ class Progress:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._file = file
+        self._beat: dict[str, Any] | None = None
+        self._beat_before: dict[str, Any] | None = None
         self._file_due = 0.0
         self._stages: dict[str, dict[str, Any]] = {}
         self._run = {"process": os.getpid(), "host": socket.gethostname(), "started": round(time.time(), 3)}
@@ -59,7 +62,9 @@ class Progress:
         self._failed_samples = sum(marker["n_failed"] for marker in done.values())
         self._retries = self._failed_units = 0
         self._began = time.monotonic()
-        self._beat_before = folder.last_heartbeat()
+        self._beat = self._beat_before = None
+        self._look()
+        self._beat, self._beat_before = None, self._beat
         self._write("running")
         if self._done == self._units:
             self._print(f"{stage}: {self._units} of {self._units} units were done before")
@@ -93,6 +98,7 @@ class Progress:
         self._stop.set()
         self._thread.join()
         self._thread = None
+        self._look()
         if self._live:
             self._live.stop()
         self._write("running")
@@ -100,6 +106,7 @@ class Progress:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval or 1.0):
+            self._look()
             if self._live:
                 self._live.update(self._bar(), refresh=True)
             elif self._interval:
@@ -135,7 +142,7 @@ class Progress:
             "failed_samples": self._failed_samples,
             "samples_per_second": rate and round(rate, 3),
             "eta_seconds": rate and round(left / rate, 1),
-            "step": self._beat(),
+            "step": self._beat,
         }
 
     def _line(self) -> str:
@@ -155,7 +162,7 @@ class Progress:
         new = self._samples_done - self._samples_before
         seconds = time.monotonic() - self._began
         facts = []
-        beat = self._beat()
+        beat = self._beat
         if beat and self._done < self._units:
             loss = f" loss {beat['loss']:.4g}" if "loss" in beat else ""
             facts.append(f"{beat['phase']} step {beat['step']}/{beat['steps']}{loss}")
@@ -169,12 +176,16 @@ class Progress:
             facts.append(f"{self._retries} retries")
         return facts
 
-    def _beat(self) -> dict | None:
-        beat = self._folder.last_heartbeat()
-        return None if beat == self._beat_before else beat
+    def _look(self) -> None:
+        """See how far a long unit is. Not under the lock, which the driver's loop waits for."""
+        try:
+            beat = self._folder.last_heartbeat()
+        except (OSError, InputError):  # what is only shown must not end what is shown
+            return
+        self._beat = None if beat == self._beat_before else beat
 
     def _step_share(self) -> float:
-        beat = self._beat()
+        beat = self._beat
         return beat["step"] / max(1, beat["steps"]) if beat else 0.0
 
     def _print(self, line: str) -> None:

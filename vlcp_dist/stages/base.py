@@ -118,6 +118,7 @@ class Stage:
     threads: Callable[[Config], int] = lambda _: 1
     launch: Callable[..., None] | None = None  # runs (run, job, unit, on_event) on Ray instead of the pool
     work: Callable[[Unit], float] = lambda unit: unit.size
+    reads_images: bool = False  # then a unit with failed samples is worth another attempt once they are mended
     version: int = 1
 
     def job(self, run: Run) -> Job:

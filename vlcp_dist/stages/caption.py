@@ -64,4 +64,11 @@ class Worker:
         return list(zip(rows, self._captioner.describe(images, names), strict=True))
 
 
-STAGE = Stage("caption", upstream=("index",), content=lambda cfg: content(cfg.caption), units=units, worker=Worker)
+STAGE = Stage(
+    "caption",
+    upstream=("index",),
+    content=lambda cfg: content(cfg.caption),
+    units=units,
+    worker=Worker,
+    reads_images=True,
+)

@@ -68,4 +68,4 @@ def _content(cfg: Config) -> object:
     return [content(cfg.encode), content(cfg.diffusion)]
 
 
-STAGE = Stage("encode", upstream=("index", "pretrain"), content=_content, units=units, worker=Worker)
+STAGE = Stage("encode", upstream=("index", "pretrain"), content=_content, units=units, worker=Worker, reads_images=True)

@@ -79,27 +79,26 @@ class Worker:
 
     def __init__(self, run: Run):
         self._run = run
+        self._kept: tuple[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         cfg = run.cfg.evaluate
         rows = list(run.index.split(cfg.split))
         if not rows:
             raise ValueError(f"the {cfg.split} split holds no image; see data.validation and data.test")
         self._test, self._test_labels, self._failed = self._load(rows)
 
-    def read(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Distilled images and labels. Real ones are chosen by arithmetic, which is left to `process`."""
-        method, ipc = unit.payload["method"], unit.payload["ipc"]
-        return None if method in REAL_METHODS else self._distilled(method, ipc)
+    def read(self, unit: Unit) -> None:
+        """Its images may be gigabytes: they are held once, not also for the unit to come."""
 
-    def process(self, unit: Unit, distilled: tuple[torch.Tensor, torch.Tensor] | None) -> Outcome:
+    def process(self, unit: Unit, _: None) -> Outcome:
         """`<method>/ipc=<ipc>/<net>/epochs=<epochs>/seed=<seed>.json`: protocol, best and last top-1, curve.
 
         The net trained on all real images is kept beside its record: it says how many distilled ones it recognises.
         """
         method, ipc, net, epochs, seed = (unit.payload[k] for k in ("method", "ipc", "net", "epochs", "seed"))
-        if distilled is None:
+        if method in REAL_METHODS:
             images, labels, failed = self._load(self._choose(method, ipc, seed))
         else:
-            images, labels, failed = *distilled, []
+            images, labels, failed = *self._distilled(method, ipc), []
         classes = self._run.index.classes
         result, trained = train(
             images,
@@ -167,12 +166,21 @@ class Worker:
         )
 
     def _distilled(self, method: str, ipc: int) -> tuple[torch.Tensor, torch.Tensor]:
-        folder = self._run.folders["synthesize"].path
+        """Distilled images uint8 (n, 3, size, size) and their labels; kept, as nets and seeds share them."""
+        if self._kept and self._kept[0] == (method, ipc):
+            return self._kept[1]
+        self._kept = None
+        folder, size = self._run.folders["synthesize"].path, self._run.cfg.synthesize.image_size
         names = [(class_id, c) for class_id in self._run.index.class_sizes for c in range(ipc)]
-        encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in names])
-        arrays = [np.asarray(Image.open(io.BytesIO(data))) for data in encoded]
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-        return images, torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
+        pixels = _room_for(len(names), size)
+        for start in range(0, len(names), READ_AT_ONCE):
+            part = names[start : start + READ_AT_ONCE]
+            encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in part])
+            for i, data in enumerate(encoded, start):
+                pixels[i] = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+        labels = torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
+        self._kept = (method, ipc), (torch.from_numpy(pixels), labels)
+        return self._kept[1]
 
     def _choose(self, method: str, ipc: int, seed: int) -> list[Row]:
         """The baseline's real images: from every class those that the rule picks by their latents."""
@@ -195,14 +203,7 @@ class Worker:
     def _load(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, list[Failure]]:
         """Real images uint8 (n, 3, size, size), their labels, and the images that could not be read."""
         size = self._run.cfg.evaluate.image_size
-        needed, present = len(rows) * 3 * size * size, _available_memory()
-        if needed > 0.8 * present:
-            raise ValueError(
-                f"{len(rows)} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
-                f"{present / 2**30:.1f} GiB are available; use a smaller evaluate.image_size, fewer workers, "
-                f"or leave `full` out of evaluate.baselines"
-            )
-        pixels = np.empty((len(rows), 3, size, size), np.uint8)
+        pixels = _room_for(len(rows), size)
         labels: list[int] = []
         failed: list[Failure] = []
         for start in range(0, len(rows), READ_AT_ONCE):
@@ -214,6 +215,22 @@ class Worker:
                 pixels[len(labels)] = array
                 labels.append(self._run.index.labels[row.class_id])
         return torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels), failed
+
+
+def _room_for(images: int, size: int) -> np.ndarray:
+    """An array for so many images of `size` px.
+
+    Raises:
+        ValueError: this machine has no memory for it.
+    """
+    needed, present = images * 3 * size * size, _available_memory()
+    if needed > 0.8 * present:
+        raise ValueError(
+            f"{images} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
+            f"{present / 2**30:.1f} GiB are available; use a smaller evaluate.image_size, fewer workers, "
+            f"or leave `full` out of evaluate.baselines"
+        )
+    return np.empty((images, 3, size, size), np.uint8)
 
 
 def _available_memory() -> int:
@@ -242,6 +259,7 @@ BASELINES = Stage(
     units=baseline_units,
     worker=Worker,
     work=_work,
+    reads_images=True,
 )
 EVALUATE = Stage(
     "evaluate",
@@ -250,4 +268,5 @@ EVALUATE = Stage(
     units=distilled_units,
     worker=Worker,
     work=_work,
+    reads_images=True,
 )

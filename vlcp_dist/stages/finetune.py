@@ -4,10 +4,12 @@ import json
 import math
 import os
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from vlcp_dist.config import Finetune, content
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
-from vlcp_dist.engine.executor import Event, Executor, Job
+from vlcp_dist.engine.executor import Event, Executor, Job, never
 from vlcp_dist.errors import InputError, Stopped
 from vlcp_dist.stages.base import Run, Stage, device_name, dtype
 
 CHECKPOINT = "checkpoint.safetensors"
+FINAL_ERROR = "error.json"  # of the input: another attempt would find the same
 TIMESTEPS = 1000  # of Stable Diffusion's noise schedule
 
 
@@ -282,29 +285,44 @@ class Trainer:
         return self._cfg.learning_rate * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
 
-def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) -> None:
-    """Train on `finetune.workers` Ray Train workers, with a GPU each where the cluster has them."""
+def launch(
+    run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None], should_stop: Callable[[], bool] = never
+) -> None:
+    """Train on `finetune.workers` Ray Train workers, with a GPU each where the cluster has them.
+
+    `should_stop` is asked once a second: it may raise. That a stop was asked for is told to the workers by a file.
+
+    Raises:
+        InputError: the nodes cannot hold so many workers.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from vlcp_dist.engine.actors import actor_options, capacity, describe, describe_cluster
+
     # It tells workers to checkpoint before a node goes; ours do so all along.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    cfg = run.cfg.finetune
-    has = ray.cluster_resources()
-    gpu = has.get("GPU", 0) > 0
-    needed = {"CPU": cfg.workers * cfg.num_threads, "GPU": cfg.workers if gpu else 0}
-    if any(has.get(name, 0) < count for name, count in needed.items()):
+    cfg, nodes = run.cfg.finetune, ray.nodes()
+    asked = actor_options(job, nodes)
+    asked["num_gpus"] = math.ceil(asked["num_gpus"])  # processes of one training cannot share a GPU
+    if capacity(nodes, asked) < cfg.workers:
         raise InputError(
-            f"finetune.workers={cfg.workers} with finetune.num_threads={cfg.num_threads} need {needed['CPU']} CPU and "
-            f"{needed['GPU']} GPU; the cluster has {has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU"
+            f"finetune.workers={cfg.workers}: each needs {describe(asked)} on one node; the cluster has "
+            f"{describe_cluster(nodes, asked)}, which hold {capacity(nodes, asked)}"
         )
+    needs = {"CPU": asked["num_cpus"], "GPU": asked["num_gpus"], **asked.get("resources", {})}
+    if "memory" in asked:
+        needs["memory"] = asked["memory"]
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"job": job, "unit": unit},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if asked["num_gpus"] else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cfg.workers, use_gpu=gpu, resources_per_worker={"CPU": cfg.num_threads, "GPU": int(gpu)}
+            num_workers=cfg.workers,
+            use_gpu=asked["num_gpus"] > 0,
+            resources_per_worker=needs,
+            label_selector=asked.get("label_selector"),  # type: ignore[call-arg]
         ),
         # A worker that is lost costs the steps since the last checkpoint.
         run_config=RunConfig(
@@ -314,18 +332,33 @@ def launch(run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None]) ->
             failure_config=FailureConfig(max_failures=run.cfg.engine.max_retries),
         ),
     )
-    try:
-        # Not in the main thread, where it would put its own handler of Ctrl-C in place of the run's.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(trainer.fit).result()
-    except TrainingFailedError as error:
+    final_error = job.folder.path / FINAL_ERROR
+    storage.remove(final_error)
+    fitted: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            fitted.set_result(trainer.fit())
+        except BaseException as error:
+            fitted.set_exception(error)
+
+    # In a thread, because in the main one it would put its own handler of Ctrl-C in place of the run's. Nobody waits
+    # for that thread: who is to end at once ends, and Ray ends the workers then.
+    threading.Thread(target=fit, daemon=True).start()
+    while not wait([fitted], timeout=1.0).done:
+        should_stop()
+    error = fitted.exception()
+    if final_error.exists():
+        record = json.loads(final_error.read_bytes())
+        on_event(Event("failed", unit, message=record["message"], traceback=record["traceback"]))
+    elif isinstance(error, TrainingFailedError):
         causes = getattr(error, "worker_failures", {}).values()
         cause = next(iter(causes), error)
         message = f"{type(cause).__name__}: {getattr(cause, 'cause', cause)}"
         on_event(Event("failed", unit, message=message, traceback=str(error)))
-        return
-    marker = job.folder.marker(unit.name)
-    if marker is None and job.folder.stop_requested():
+    elif error is not None:
+        raise error
+    elif (marker := job.folder.marker(unit.name)) is None and job.folder.stop_requested():
         on_event(Event("stopped", unit))
     else:
         on_event(Event("done", unit, marker=marker))
@@ -335,12 +368,21 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
     job, unit = config["job"], config["unit"]
-    with suppress(Stopped):  # an exception would be a failure, and Ray Train would try again
+    final_error = job.folder.path / FINAL_ERROR
+    if final_error.exists():  # Ray Train tries everything again; this would end the same way
+        return
+    try:
         if ray.train.get_context().get_world_rank() == 0:
             Executor().process(job, unit)
         else:
             torch.set_num_threads(job.threads)
             job.make_worker(job.argument).process(unit, None)
+    except Stopped:
+        pass  # an exception would be a failure
+    except ValueError as error:
+        record = {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        storage.publish(final_error, json.dumps(record).encode())
+        raise
 
 
 def _filesystem(folder: storage.Location) -> Any:

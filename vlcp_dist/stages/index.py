@@ -3,6 +3,7 @@
 import math
 
 from vlcp_dist.config import Config, content
+from vlcp_dist.data import storage
 from vlcp_dist.data.index import Index, assign, files
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.errors import InputError
@@ -56,4 +57,13 @@ def check_sizes(cfg: Config, index: Index) -> None:
             )
 
 
-STAGE = Stage("index", upstream=(), content=lambda cfg: content(cfg.data), units=units, worker=Worker, version=2)
+def _content(cfg: Config) -> object:
+    """Of a listing file its bytes, not its place: an uploaded copy of it lies elsewhere every time."""
+    data = content(cfg.data)
+    if data and isinstance(cfg.data.class_names, str):
+        listing = storage.locate(cfg.data.class_names)
+        data["class_names"] = storage.sha256(listing) if listing.exists() else None
+    return data
+
+
+STAGE = Stage("index", upstream=(), content=_content, units=units, worker=Worker, version=2)
