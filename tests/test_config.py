@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlcp_dist import config
+from vlcp_dist import config, pipeline
 from vlcp_dist.errors import ConfigError
 from vlcp_dist.stages import base
 
