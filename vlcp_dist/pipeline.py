@@ -177,7 +177,9 @@ def _run_stage(
         replace(unit, replaces=redo[unit.name]["finished"]) if unit.name in redo else unit
         for unit in state.units or []
         if unit.name not in keep
-    ][:max_units]
+    ]
+    # The longest first, so that none begins when the others have finished; a trial takes them as they come.
+    todo = sorted(todo, key=stage.work, reverse=True) if max_units is None else todo[:max_units]
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
         return state
