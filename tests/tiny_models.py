@@ -13,6 +13,7 @@ VISION = {
     "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": SPREAD,
 }  # fmt: skip
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>\n", "<|vision_start|><|image_pad|><|vision_end|>")
 
 
@@ -92,7 +93,7 @@ def build_tiny_qwen2_vl(folder: Path) -> Path:
         chat_template=QWEN_TEMPLATE,
     )
     config = Qwen2VLConfig(
-        text_config={**_text(tokenizer), "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+        text_config={**_text(tokenizer), "rope_parameters": ROPE},
         vision_config={
             "depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 8,
             "spatial_merge_size": 2, "temporal_patch_size": 1, "initializer_range": SPREAD,

@@ -20,7 +20,7 @@ from vlcp_dist.ops.describe import describe_image
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-    from vlcp_dist.models.decoding import Answer, Inputs, Request
+    from vlcp_dist.models.decoding import Answer, Decoder, Inputs, Request
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,14 +96,16 @@ def load_captioner(
     files = weights.find_weights(model, revision, default=LLAVA)
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from vlcp_dist.models.decoding import Decoder
+
     source: Any = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model, **source)
-        kind = PROCESSOR_MAPPING.get(type(config), None)
+        kind: Any = PROCESSOR_MAPPING.get(type(config), None)
         processor = (without_videos(kind) if kind else AutoProcessor).from_pretrained(model, **source)
         prompter = Prompter(processor, prompt, DTYPES[dtype], device == "cuda")
         if device == "cuda":
-            parameters = sum(sum(weights.elements(path).values()) for path in files)
+            parameters = sum(weights.count_parameters(path) for path in files)
             batch_size = fitting_batch(
                 need(config, parameters, prompter.length + max_new_tokens, dtype, batch_size),
                 torch.cuda.mem_get_info()[0],
@@ -123,7 +125,13 @@ def load_captioner(
     except OSError as error:
         command = weights.download_command(model, revision, LLAVA)
         raise FileNotFoundError(f"cannot load {model}: {error}\nFetch its weights with:\n    {command}") from None
-    return VisionLanguageCaptioner(network.eval(), prompter, max_new_tokens, temperature, batch_size, seed)
+    decoder = Decoder(
+        network.eval(),
+        pad_token_id=prompter.processor.tokenizer.pad_token_id,
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+    return VisionLanguageCaptioner(prompter, decoder, max_new_tokens, seed if temperature else None)
 
 
 def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -222,9 +230,7 @@ class Prompter:
         begin = self.processor.tokenizer.bos_token
         begun = begin is not None and text.startswith(begin)
         with self._lock:
-            return dict(
-                self.processor(images=[image], text=[text], add_special_tokens=not begun, return_tensors="pt")
-            )
+            return dict(self.processor(images=[image], text=[text], add_special_tokens=not begun, return_tensors="pt"))
 
     def _conversation(self, prompt: str) -> str:
         if self.processor.chat_template is None:
@@ -237,27 +243,19 @@ class Prompter:
 class VisionLanguageCaptioner:
     """A loaded model. A caption does not depend on its neighbours in the batch, beyond float rounding."""
 
-    def __init__(
-        self, model: Any, prompter: Prompter, max_new_tokens: int, temperature: float, batch_size: int, seed: int
-    ):
-        from vlcp_dist.models.decoding import Decoder
-
+    def __init__(self, prompter: Prompter, decoder: Decoder, max_new_tokens: int, seed: int | None):
+        """`seed` None: greedy, so that images need no seed of their own."""
         self.prompter = prompter
-        self.decoder = Decoder(
-            model,
-            pad_token_id=prompter.processor.tokenizer.pad_token_id,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            batch_size=batch_size,
-        )
-        self._seed = seed if temperature else None
+        self.decoder = decoder
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
 
     def prepare(self, image: Image.Image, class_name: str) -> Request:
         from vlcp_dist.models.decoding import Request
 
         image = image.convert("RGB")
         seed = 0 if self._seed is None else _caption_seed(self._seed, image, self.prompter.prompt, class_name)
-        return Request(self.prompter.inputs(image, class_name), seed)
+        return Request(self.prompter.inputs(image, class_name), self._max_new_tokens, seed)
 
     def describe(self, prepared: Iterable[Request]) -> list[Caption]:
         """Raises torch.OutOfMemoryError when even one image does not fit."""

@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vlcp_dist.models.places import Places
+from vlcp_dist.ops.sampling import GumbelNoise, gumbel_noise
 
 PREFILL = 16  # prompts that are run together at most: enough to be bound by arithmetic
 FIRST_ROOM = 256  # tokens of an answer that have room from the start; there is more once an answer gets that long
@@ -32,9 +33,10 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """A sequence to be generated: the model's inputs with a batch of 1, and the seed that is drawn from."""
+    """A sequence to be generated: the model's inputs with a batch of 1, most tokens, and the seed that is drawn from."""
 
     inputs: Inputs
+    max_new_tokens: int
     seed: int = 0
 
 
@@ -71,7 +73,6 @@ class Decoder:
         model: Any,
         *,
         pad_token_id: int,
-        max_new_tokens: int,
         temperature: float,
         batch_size: int,
         refill: int | None = None,
@@ -79,7 +80,6 @@ class Decoder:
         self.model = model
         self.batch_size = batch_size
         self._pad_token_id = pad_token_id
-        self._max_new_tokens = max_new_tokens
         self._temperature = temperature
         self._refill = refill
         self._places: Places | None = None
@@ -121,7 +121,7 @@ class Decoder:
             answers |= {row.place: row.answer for row in self._rows if row.answer}
 
     def _admit(self, again: deque[_Row], todo: Iterator[_Row]) -> list[_Row]:
-        """Clear the places whose sequence has ended, and take what goes into free ones, once they are worth a prefill."""
+        """Clear places whose sequence has ended, and take what goes into free ones once it is worth a prefill."""
         refill = self._refill or max(1, min(PREFILL, self.batch_size // 8))
         ended = sum(row.answer is not None for row in self._rows)
         if ended >= min(refill, len(self._rows)):
@@ -138,16 +138,17 @@ class Decoder:
         for row in rows:
             row.began = began
         inputs = collate([row.request.inputs for row in rows], self._pad_token_id, self.model)
+        most = max(row.request.max_new_tokens for row in rows)
         if self._in_places:
-            prompt = self._generate(inputs, custom_generate=_prefill)
+            prompt = self._generate(inputs, most, custom_generate=_prefill)
             if isinstance(prompt, str):
                 self._use_generate(prompt)
         if not self._in_places:
-            self._generate_whole(inputs, rows)
+            self._generate_whole(inputs, most, rows)
             return
         ids, mask, positions, cache, processors, logits = prompt
         if self._places is None:
-            room = ids.shape[1] + min(self._max_new_tokens, FIRST_ROOM)
+            room = ids.shape[1] + min(most, FIRST_ROOM)
             self._places = Places(self.batch_size, room, len(cache.layers), positions)
         self._places.n = len(self._rows)
         self._places.add(ids, mask, positions, [row.request.seed for row in rows], cache)
@@ -186,7 +187,7 @@ class Decoder:
                 continue
             if token not in ends:
                 row.tokens.append(token)
-            if token in ends or len(row.tokens) == self._max_new_tokens:
+            if token in ends or len(row.tokens) == row.request.max_new_tokens:
                 reason: Literal["end", "length"] = "end" if token in ends else "length"
                 row.answer = Answer(row.tokens, reason, time.perf_counter() - row.began)
 
@@ -213,25 +214,26 @@ class Decoder:
         self._in_places = False
         print(f"caption: batches wait for their longest answer: {why}", file=sys.stderr)
 
-    def _generate_whole(self, inputs: Inputs, rows: list[_Row]) -> None:
+    def _generate_whole(self, inputs: Inputs, most: int, rows: list[_Row]) -> None:
         noise = []
         if self._temperature:
             noise = [GumbelNoise(self._temperature, [row.request.seed for row in rows])]
-        ids = self._generate(inputs, logits_processor=noise)
+        ids = self._generate(inputs, most, logits_processor=noise)
         prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         ends = end_tokens(self.model)
         for row, tokens in zip(rows, ids[:, prompt:].tolist(), strict=True):
+            tokens = tokens[: row.request.max_new_tokens]
             length = next((i for i, token in enumerate(tokens) if token in ends), None)
             reason: Literal["end", "length"] = "length" if length is None else "end"
             row.answer = Answer(tokens[:length], reason, time.perf_counter() - row.began)
         self._rows += rows
 
-    def _generate(self, inputs: Inputs, **how: Any) -> Any:
+    def _generate(self, inputs: Inputs, max_new_tokens: int, **how: Any) -> Any:
         """transformers' `generate`, without the model's own sampling: that, too, is an argmax here."""
         return self.model.generate(
             **inputs,
             **how,
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -265,35 +267,13 @@ def end_tokens(model: Any) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32 (n, vocabulary): a function of a seed, a step and a token, all int64.
-
-    The argmax of scores / temperature + noise is distributed as the softmax of scores / temperature. A batch drawn from
-    one generator would make a sequence depend on the others. The bits are SplitMix64's.
-    """
-    token = torch.arange(vocabulary, device=seeds.device)
-    key = _mix(_mix(seeds) + steps)[:, None] + token * _signed(0x9E3779B97F4A7C15)
-    uniform = ((_mix(key) >> 11 & (1 << 53) - 1).double() + 0.5) / 2**53
-    return -(-uniform.log()).log().float()
-
-
-class GumbelNoise:
-    """For `generate`: makes the argmax of its scores the same sample as a Decoder's."""
-
-    def __init__(self, temperature: float, seeds: list[int]):
-        self._temperature = temperature
-        self._seeds = torch.tensor(seeds)
-        self._prompt: int | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self._prompt is None:
-            self._prompt = input_ids.shape[1]
-        steps = torch.full_like(self._seeds, input_ids.shape[1] - self._prompt).to(scores.device)
-        return scores / self._temperature + gumbel_noise(self._seeds.to(scores.device), steps, scores.shape[1])
-
-
 def _prefill(
-    model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
 ) -> Any:
     """In place of `generate`'s own loop: run the prompts once, and say what decoding goes on from.
 
@@ -331,14 +311,3 @@ def _pad(part: torch.Tensor, sizes: list[int], fill: int, *, left: bool) -> torc
     for have, want in zip(reversed(part.shape[1:]), reversed(sizes), strict=True):
         padding += [want - have, 0] if left else [0, want - have]
     return torch.nn.functional.pad(part, padding, value=fill) if any(padding) else part
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; shifts of torch's signed integers carry the sign, so it is masked out."""
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x

@@ -99,35 +99,32 @@ class _Layer(DynamicLayer):
     def __init__(self, places: Places):
         super().__init__()
         self._places = places
+        self._kept: list[torch.Tensor] = []  # keys, values; made once their shapes are known
 
-    def put(self, new: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Prompts' keys and values, (b, heads, length, dim)."""
-        if self.keys is None:
-            self.keys, self.values = (
-                torch.zeros(self._places.slots, self._places.room, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
-                for x in (keys, values)
-            )
-            self.is_initialized = True
-        self.keys[new, : keys.shape[2]] = keys.transpose(1, 2)
-        self.values[new, : values.shape[2]] = values.transpose(1, 2)
+    def put(self, new: slice, *states: torch.Tensor) -> None:
+        """Keys and values of prompts, each (b, heads, length, dim)."""
+        if not self._kept:
+            for x in states:
+                shape = self._places.slots, self._places.room, x.shape[1], x.shape[3]
+                self._kept.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
+        for kept, x in zip(self._kept, states, strict=True):
+            kept[new, : x.shape[2]] = x.transpose(1, 2)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        self.keys[targets] = self.keys[sources]
-        self.values[targets] = self.values[sources]
+        for kept in self._kept:
+            kept[targets] = kept[sources]
 
     def grow(self, room: int) -> None:
-        if self.keys is not None:
-            more = room - self.keys.shape[1]
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, 0, 0, more))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, 0, 0, more))
+        for i, kept in enumerate(self._kept):
+            self._kept[i] = torch.nn.functional.pad(kept, (0, 0, 0, 0, 0, room - kept.shape[1]))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Store the states of one token a sequence, (n, heads, 1, dim), and return all of the window."""
+        """Store the states of one token a sequence, each (n, heads, 1, dim), and return all of the window."""
         places = self._places
         at = places.index[: places.n], places.columns[: places.n]
-        self.keys[at], self.values[at] = key_states[:, :, 0], value_states[:, :, 0]
-        read = slice(places.n), slice(places.window)
-        return self.keys[read].transpose(1, 2), self.values[read].transpose(1, 2)
+        for kept, x in zip(self._kept, (key_states, value_states), strict=True):
+            kept[at] = x[:, :, 0]
+        return tuple(kept[: places.n, : places.window].transpose(1, 2) for kept in self._kept)
 
     def get_seq_length(self) -> int:
         return self._places.window - 1

@@ -1,8 +1,9 @@
-"""Where a model's files are, without loading or importing anything heavy: a folder, or the cache of the Hugging Face hub."""
+"""Where a model's files are, a folder or the cache of the Hugging Face hub; nothing heavy is imported."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,25 +56,19 @@ def download_command(model: str | Path, revision: str | None, default: str, file
     return " ".join(command)
 
 
-def elements(path: Path) -> dict[str, int]:
-    """How many elements of a safetensors file there are of each dtype they are stored as (F32, BF16, ...), from its header alone.
+def count_parameters(path: Path) -> int:
+    """How many numbers a safetensors file holds, from its header alone.
 
     Raises:
-        ValueError: the file is no safetensors file.
+        ValueError: it is no safetensors file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= path.stat().st_size - 8:
-            raise ValueError(f"{path} is no safetensors file ({path.stat().st_size} bytes); delete it and download it again")
+        size = path.stat().st_size
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"{path} is no safetensors file ({size} bytes); delete it and download it again")
         header = json.loads(file.read(length))
-    counts: dict[str, int] = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            elements = 1
-            for size in tensor["shape"]:
-                elements *= size
-            counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + elements
-    return counts
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _tensors(model: str | Path, revision: str | None, prefix: str) -> list[str]:
