@@ -33,7 +33,7 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """A sequence to be generated: the model's inputs with a batch of 1, most tokens, and the seed that is drawn from."""
+    """A sequence to be generated: the model's inputs, with a batch of 1, its most tokens, and its seed."""
 
     inputs: Inputs
     max_new_tokens: int
@@ -87,7 +87,7 @@ class Decoder:
         if why := _other_state(model):
             self._use_generate(why)
         else:
-            self._in_places = True
+            self.in_places = True
 
     @torch.inference_mode()
     def run(self, requests: Iterator[Request]) -> list[Answer]:
@@ -129,7 +129,7 @@ class Decoder:
         free = self.batch_size - len(self._rows)
         if self._rows and free < refill:
             return []
-        most = min(free, PREFILL) if self._in_places else free
+        most = min(free, PREFILL) if self.in_places else free
         return [*(again.popleft() for _ in range(min(most, len(again)))), *islice(todo, most - min(most, len(again)))]
 
     def _begin(self, rows: list[_Row]) -> None:
@@ -139,11 +139,11 @@ class Decoder:
             row.began = began
         inputs = collate([row.request.inputs for row in rows], self._pad_token_id, self.model)
         most = max(row.request.max_new_tokens for row in rows)
-        if self._in_places:
+        if self.in_places:
             prompt = self._generate(inputs, most, custom_generate=_prefill)
             if isinstance(prompt, str):
                 self._use_generate(prompt)
-        if not self._in_places:
+        if not self.in_places:
             self._generate_whole(inputs, most, rows)
             return
         ids, mask, positions, cache, processors, logits = prompt
@@ -211,7 +211,7 @@ class Decoder:
         torch.cuda.empty_cache()
 
     def _use_generate(self, why: str) -> None:
-        self._in_places = False
+        self.in_places = False
         print(f"caption: batches wait for their longest answer: {why}", file=sys.stderr)
 
     def _generate_whole(self, inputs: Inputs, most: int, rows: list[_Row]) -> None:
@@ -221,8 +221,8 @@ class Decoder:
         ids = self._generate(inputs, most, logits_processor=noise)
         prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         ends = end_tokens(self.model)
-        for row, tokens in zip(rows, ids[:, prompt:].tolist(), strict=True):
-            tokens = tokens[: row.request.max_new_tokens]
+        for row, generated in zip(rows, ids[:, prompt:].tolist(), strict=True):
+            tokens = generated[: row.request.max_new_tokens]
             length = next((i for i, token in enumerate(tokens) if token in ends), None)
             reason: Literal["end", "length"] = "length" if length is None else "end"
             row.answer = Answer(tokens[:length], reason, time.perf_counter() - row.began)

@@ -94,7 +94,7 @@ class Places:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer, (slots, room, heads, dim); attention reads them as (n, heads, window, dim)."""
+    """Keys and values of one layer, (slots, heads, room, dim)."""
 
     def __init__(self, places: Places):
         super().__init__()
@@ -105,10 +105,10 @@ class _Layer(DynamicLayer):
         """Keys and values of prompts, each (b, heads, length, dim)."""
         if not self._kept:
             for x in states:
-                shape = self._places.slots, self._places.room, x.shape[1], x.shape[3]
+                shape = self._places.slots, x.shape[1], self._places.room, x.shape[3]
                 self._kept.append(torch.zeros(shape, dtype=x.dtype, device=x.device))
         for kept, x in zip(self._kept, states, strict=True):
-            kept[new, : x.shape[2]] = x.transpose(1, 2)
+            kept[new, :, : x.shape[2]] = x
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         for kept in self._kept:
@@ -116,15 +116,15 @@ class _Layer(DynamicLayer):
 
     def grow(self, room: int) -> None:
         for i, kept in enumerate(self._kept):
-            self._kept[i] = torch.nn.functional.pad(kept, (0, 0, 0, 0, 0, room - kept.shape[1]))
+            self._kept[i] = torch.nn.functional.pad(kept, (0, 0, 0, room - kept.shape[2]))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Store the states of one token a sequence, each (n, heads, 1, dim), and return all of the window."""
         places = self._places
-        at = places.index[: places.n], places.columns[: places.n]
+        rows, columns = places.index[: places.n], places.columns[: places.n]
         for kept, x in zip(self._kept, (key_states, value_states), strict=True):
-            kept[at] = x[:, :, 0]
-        return tuple(kept[: places.n, : places.window].transpose(1, 2) for kept in self._kept)
+            kept[rows, :, columns] = x[:, :, 0]
+        return tuple(kept[: places.n, :, : places.window] for kept in self._kept)
 
     def get_seq_length(self) -> int:
         return self._places.window - 1

@@ -48,7 +48,7 @@ def build_tiny_llava(folder: str | Path, *, seed: int = 0) -> None:
     tokenizer = processor.tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(_config(tokenizer))
+        model = LlavaForConditionalGeneration(build_config(tokenizer))
     # Only whole words and the end are ever said: loose bytes would make answers that are no text.
     known = {" " + word for text in TEXT for word in text.split() if word.isalpha()}
     spoken = [index for index in range(len(tokenizer)) if tokenizer.decode([index]) in known | {EOS}]
@@ -105,7 +105,8 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    """The tiny architecture for this tokenizer."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     # Wide initial weights: with the usual 0.02 every image would get the same answer.
