@@ -158,6 +158,8 @@ def status(
             )
         _show(table)
         for row in rows:
+            for words, count in row["notices"].items():
+                print(f"{row['stage']}: {count} {words}")
             for why, units in groupby(sorted(row["damaged"].items(), key=itemgetter(1)), key=itemgetter(1)):
                 names = [name for name, _ in units]
                 more = f" and {len(names) - 1} more units" if len(names) > 1 else ""

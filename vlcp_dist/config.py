@@ -62,9 +62,11 @@ class Caption(Section):
     revision: str | None = None
     prompt: str = PROMPT
     max_new_tokens: int = Field(160, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="0 is greedy; the authors sample at 0.2, up to 1024 tokens")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: int = _knob(32, ge=1)
+    attention: Literal["sdpa", "flash_attention_2"] = _knob("sdpa")
+    prefetch_threads: int = _knob(2, ge=1, description="that decode and resize images while others are described")
 
     @model_validator(mode="after")
     def _prompt_names_the_class(self) -> "Caption":

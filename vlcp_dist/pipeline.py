@@ -97,6 +97,7 @@ def run(
         again = retry_failed or len(failures(states.values())) > cfg.max_failed_samples
         outcome = "failed"
         try:
+            _check_stages(cfg, [stage for stage in plan if not only or stage.name in only], states)
             for stage in plan:
                 if (only and stage.name not in only) or _waits(stage, states, only, progress):
                     continue
@@ -145,6 +146,13 @@ def _check_places(cfg: Config) -> None:
                 f"{name}={place} would lie in the uploaded copy of this job; "
                 f"give an absolute path that all nodes share, or a URL such as s3://bucket/folder"
             )
+
+
+def _check_stages(cfg: Config, plan: list[base.Stage], states: dict[str, StageStatus]) -> None:
+    """Ask the stages that have work left what they lack, before the first of them costs anything."""
+    for stage in plan:
+        if stage.check is not None and not states[stage.name].complete:
+            stage.check(cfg)
 
 
 def _check_names(plan: list[base.Stage], only: Collection[str]) -> None:

@@ -52,9 +52,18 @@ class StageStatus:
             "samples_failed": totals["n_failed"],
             "bytes": _bytes(self.markers),
             "worker_seconds": round(totals["seconds"], 1),
+            "notices": self.notices(),
             "samples_left": None if self.units is None else sum(unit.size for unit in self.todo),
             **self.estimate(),
         }
+
+    def notices(self) -> dict[str, int]:
+        """What the stage's markers count that a user should hear of, in words; what did not happen is left out."""
+        sums = {
+            words: sum(marker["info"].get(name, 0) for marker in self.markers.values())
+            for name, words in self.stage.notices.items()
+        }
+        return {words: count for words, count in sums.items() if count}
 
     def estimate(self) -> dict[str, Any]:
         """What the units left will take, at the rate of those that are done; None where none is done yet.

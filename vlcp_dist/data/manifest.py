@@ -53,6 +53,7 @@ class Outcome:
     failed: list[Failure] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     obsolete: list[str] = field(default_factory=list)  # files of the unit's way here, deleted once it is done
+    wait_seconds: float = 0.0  # of its computing, in which what it computes with was not ready yet
 
 
 Marker = dict[str, Any]

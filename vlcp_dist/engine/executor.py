@@ -119,7 +119,7 @@ class Executor:
     def process(self, job: Job, unit: Unit) -> Marker:
         """Read, compute and commit a unit. Times in the marker are wall-clock seconds.
 
-        `wait_seconds` is how long nothing could be computed because this unit's data were not there yet.
+        `wait_seconds` is how long nothing could be computed because this unit's data were not there yet, or not ready.
         """
         worker = self._worker(job)
         began = clock()
@@ -136,6 +136,7 @@ class Executor:
             seconds = self._computed_until - start
         del data  # its memory is free while the outcome is written
         outcome.info["device"] = _device()
+        waited += outcome.wait_seconds
         return job.folder.commit(unit, outcome, seconds=seconds, read_seconds=read - began, wait_seconds=waited)
 
     def _worker(self, job: Job) -> Worker:

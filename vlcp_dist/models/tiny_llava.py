@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import LlavaConfig, PreTrainedTokenizerFast
+    from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 VOCAB_SIZE = 800
@@ -42,22 +42,13 @@ def build_tiny_llava(folder: str | Path, *, seed: int = 0) -> None:
 
     The same seed gives the same bytes of the weights. Takes about a second.
     """
-    from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration
 
-    tokenizer = _train_tokenizer()
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which the strategy "default" leaves out again
-        chat_template=CHAT_TEMPLATE,
-    )
+    processor = build_processor(IMAGE_SIZE, PATCH_SIZE)
+    tokenizer = processor.tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(_config(tokenizer))
+        model = LlavaForConditionalGeneration(build_config(tokenizer))
     # Only whole words and the end are ever said: loose bytes would make answers that are no text.
     known = {" " + word for text in TEXT for word in text.split() if word.isalpha()}
     spoken = [index for index in range(len(tokenizer)) if tokenizer.decode([index]) in known | {EOS}]
@@ -67,6 +58,22 @@ def build_tiny_llava(folder: str | Path, *, seed: int = 0) -> None:
         model.lm_head.weight[silent] = 0.0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def build_processor(image_size: int, patch_size: int) -> LlavaProcessor:
+    """LLaVA's processor for square images of so many pixels, with a tokenizer learned from TEXT."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
+        tokenizer=_train_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which the strategy "default" leaves out again
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _train_tokenizer() -> PreTrainedTokenizerFast:
@@ -98,7 +105,8 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    """The tiny architecture for this tokenizer."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     # Wide initial weights: with the usual 0.02 every image would get the same answer.

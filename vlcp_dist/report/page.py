@@ -163,8 +163,9 @@ def _metrics(found: Material) -> list[tuple[str, str]]:
     if captions := _total(found, "caption"):
         described = sum(marker["n_ok"] for marker in found.states["caption"].markers.values())
         metrics.append(("tokens per description", f"{captions.pop('tokens', 0) / max(1, described):.1f}"))
-        ends = {name.removeprefix("finished_"): count for name, count in captions.items()}
-        metrics.append(("descriptions by end", ", ".join(f"{count:,} {end}" for end, count in ends.items())))
+        ends = {end: captions.get(f"finished_{end}", 0) for end in ("end", "length")}
+        metrics.append(("descriptions by end", ", ".join(f"{count:,} {end}" for end, count in ends.items() if count)))
+        metrics += [(words, f"{count:,}") for words, count in found.states["caption"].notices().items()]
     if prototypes := _total(found, "prototypes"):
         metrics.append(("clusters without a text", f"{prototypes['fallbacks']:,}"))
     made = _total(found, "pretrain") if "pretrain" in found.states else {}

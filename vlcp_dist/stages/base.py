@@ -1,7 +1,7 @@
 """What every stage is made of: its description, and a run's view of the files that earlier stages left."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from vlcp_dist.data.index import Index, Row
 from vlcp_dist.data.manifest import Failure, StageFolder, Unit
 from vlcp_dist.data.sources import Source, SourceError, open_source
 from vlcp_dist.engine.executor import Job, Resources, Worker
+from vlcp_dist.errors import InputError
+from vlcp_dist.models.weights import find_weights
 
 Encoded = bytes | BadImage
 
@@ -107,7 +109,8 @@ class Stage:
     """A step of the pipeline. `content` is the part of the configuration that its results depend on.
 
     `work` weighs a unit for estimates of time. Raise `version` when the code comes to give other results for the same
-    configuration.
+    configuration. `check` is called on the driver before anything is started, and raises `InputError` where the stage
+    cannot run. `notices` says in words what of its markers' `info` a user should hear of.
     """
 
     name: str
@@ -118,6 +121,8 @@ class Stage:
     threads: Callable[[Config], int] = lambda _: 1
     launch: Callable[..., None] | None = None  # runs (run, job, unit, on_event) on Ray instead of the pool
     work: Callable[[Unit], float] = lambda unit: unit.size
+    check: Callable[[Config], None] | None = None
+    notices: Mapping[str, str] = field(default_factory=dict)
     reads_images: bool = False  # then a unit with failed samples is worth another attempt once they are mended
     version: int = 1
 
@@ -174,6 +179,24 @@ def dtype(name: str) -> str:
     if not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def check_diffusion(cfg: Config) -> None:
+    """Raises InputError, with the command that downloads it, where this machine does not see the diffusion model."""
+    from vlcp_dist.models.diffusion import SD15, SD15_FILES
+
+    if cfg.diffusion.model is None:
+        return  # the pretrain stage makes it
+    try:
+        find_weights(
+            cfg.diffusion.model,
+            cfg.diffusion.revision,
+            parts=("unet", "vae", "text_encoder"),
+            default=SD15,
+            files=SD15_FILES,
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"diffusion: {error}") from None
 
 
 def class_shards(rows: list[Row]) -> list[str]:

@@ -10,7 +10,7 @@ from vlcp_dist.data import shards
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.models.diffusion import encode_images, image_seed, load_vae
-from vlcp_dist.stages.base import Encoded, Run, Stage, device, dtype
+from vlcp_dist.stages.base import Encoded, Run, Stage, check_diffusion, device, dtype
 from vlcp_dist.stages.caption import units
 
 
@@ -68,4 +68,12 @@ def _content(cfg: Config) -> object:
     return [content(cfg.encode), content(cfg.diffusion)]
 
 
-STAGE = Stage("encode", upstream=("index", "pretrain"), content=_content, units=units, worker=Worker, reads_images=True)
+STAGE = Stage(
+    "encode",
+    upstream=("index", "pretrain"),
+    content=_content,
+    units=units,
+    worker=Worker,
+    check=check_diffusion,
+    reads_images=True,
+)

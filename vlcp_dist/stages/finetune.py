@@ -23,7 +23,7 @@ from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.engine.executor import Event, Executor, Job, never
 from vlcp_dist.errors import InputError, Stopped
-from vlcp_dist.stages.base import Run, Stage, device_name, dtype
+from vlcp_dist.stages.base import Run, Stage, check_diffusion, device_name, dtype
 
 CHECKPOINT = "checkpoint.safetensors"
 FINAL_ERROR = "error.json"  # of the input: another attempt would find the same
@@ -412,4 +412,5 @@ STAGE = Stage(
     worker=Worker,
     threads=lambda cfg: cfg.finetune.num_threads,
     launch=launch,
+    check=check_diffusion,
 )

@@ -16,7 +16,7 @@ from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.models.diffusion import image_seed, load_pipeline, synthesize
 from vlcp_dist.ops.text import PromptStrategy, prompt_for
-from vlcp_dist.stages.base import Run, Stage, device, dtype
+from vlcp_dist.stages.base import Run, Stage, check_diffusion, device, dtype
 
 
 def units(run: Run) -> list[Unit]:
@@ -166,4 +166,5 @@ STAGE = Stage(
     content=lambda cfg: [content(cfg.synthesize), content(cfg.diffusion)],
     units=units,
     worker=Worker,
+    check=check_diffusion,
 )
