@@ -95,7 +95,9 @@ class Encode(Section):
     image_size: int = Field(512, ge=8, multiple_of=8)
     resize: Literal["squash", "center"] = "squash"
     posterior: Literal["mean", "sample"] = "mean"
+    horizontal_flip: bool = Field(False, description="also encode the mirrored image, for training")
     batch_size: int = _knob(32, ge=1)
+    compile: bool = _knob(False, description="compile the encoder with torch.compile: minutes at first, then faster")
 
 
 class Finetune(Section):

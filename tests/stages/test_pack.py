@@ -31,7 +31,10 @@ def images(tmp_path):
         for i in range(6):
             for split in ("train", "test"):
                 buffer = io.BytesIO()
-                Image.new("RGB", (32, 32), (40 * i, 80 * label, 9)).save(buffer, "PNG")
+                ramp = Image.linear_gradient("L").rotate(90).resize((32, 32))
+                Image.merge("RGB", [ramp, Image.new("L", (32, 32), 40 * i), Image.new("L", (32, 32), 80 * label)]).save(
+                    buffer, "PNG"
+                )
                 path = tmp_path / "images" / split / name / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(
@@ -40,7 +43,7 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def run_of(root, images, whole) -> base.Run:
+def run_of(root, images, whole, *overrides) -> base.Run:
     data = [
         "data.source=imagefolder",
         f"data.path={images}",
@@ -49,12 +52,12 @@ def run_of(root, images, whole) -> base.Run:
         "data.shard_size=4",
     ]
     model = ["pretrain=null", f"diffusion.model={whole.diffusion_model}"]
-    cfg = config.load(MICRO, [f"root={root}", "engine.kind=serial", *data, *model])
+    cfg = config.load(MICRO, [f"root={root}", "engine.kind=serial", *data, *model, *overrides])
     return base.make_run(cfg, pipeline.stages(cfg))
 
 
 def test_an_image_without_a_latent_is_absent_and_reported(whole, images, root, do):
-    run = run_of(root, images, whole)
+    run = run_of(root, images, whole, "encode.horizontal_flip=true")
     for stage in ("index", "encode"):
         assert {event.kind for event in do(run, stage)} == {"done"}
     ant, bee = (event.marker for event in do(run, "pack"))
@@ -66,6 +69,11 @@ def test_an_image_without_a_latent_is_absent_and_reported(whole, images, root, d
         pack = run.pack(class_id)
         assert pack.keys == [f"train-{class_id}-{i}" for i in numbers]
         np.testing.assert_array_equal(pack.latents, np.stack([latents[key] for key in pack.keys]))
+    mirrored = run.latents(run.index.shards, flipped=True)
+    assert mirrored.keys() == latents.keys()
+    assert all(np.abs(mirrored[key] - latents[key]).max() > 0.05 for key in latents)
+    with pytest.raises(ValueError, match=r"encode\.horizontal_flip=true"):
+        whole.latents([], flipped=True)
 
 
 def test_a_class_without_any_latent_is_an_error(whole, images, tmp_path, do):

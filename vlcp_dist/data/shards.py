@@ -53,9 +53,12 @@ def read(path: Location, keys: Collection[str] | None = None) -> Iterator[tuple[
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The `.npy` members of many tars by key. Nothing is copied; tars of an object store are downloaded first."""
+    """The array of each sample of many tars, by key: its member with the extension asked for.
 
-    def __init__(self, paths: Iterable[Location]):
+    Nothing is copied; tars of an object store are downloaded first.
+    """
+
+    def __init__(self, paths: Iterable[Location], extension: str = "npy"):
         self._maps: list[mmap.mmap] = []
         self._where: dict[str, tuple[int, int, int]] = {}
         paths = list(paths)
@@ -64,8 +67,8 @@ class Arrays(Mapping[str, np.ndarray]):
             with copy.open("rb") as file:
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             for name, offset, size in members:
-                key, _, extension = name.partition(".")
-                if extension == "npy":
+                key, _, found = name.partition(".")
+                if found == extension:
                     self._where[key] = (len(self._maps) - 1, offset, size)
 
     def __getitem__(self, key: str) -> np.ndarray:
