@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from vlcp_dist.ops.kmeans import _fill_empty, kmeans
+from vlcp_dist.ops.kmeans import kmeans
+from vlcp_dist.ops.lloyd import fill_empty
 
 
 def blobs(n: int, d: int, n_blobs: int, seed: int, spread: float = 3.0) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_empty_clusters_take_the_farthest_points_without_emptying_others() -> No
     labels = torch.tensor([0, 2, 0, 0, 2, 4])
     to_own = torch.tensor([1.0, 5.0, 0.0, 7.0, 6.0, 9.0])
     # Point 5 is alone in its cluster; 3 and 4 are the farthest of the others.
-    assert _fill_empty(labels, to_own, 5).tolist() == [0, 2, 0, 1, 3, 4]
+    assert fill_empty(labels, to_own, 5).tolist() == [0, 2, 0, 1, 3, 4]
 
 
 def test_both_ways_to_hold_the_inner_products_agree() -> None:
