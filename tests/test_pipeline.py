@@ -13,7 +13,9 @@ from vlcp_dist import config, pipeline
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.stages import base
 
-STAGES = ["index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"]
+STAGES = [
+    "index", "caption", "pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ PROMPT = (
 )
 Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
 StageName = Literal[
-    "index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
+    "index", "caption", "pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
 ]
 REAL_METHODS = ("random", "k-center", "herding", "full")
 

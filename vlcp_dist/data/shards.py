@@ -2,7 +2,7 @@
 
 import io
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ def pack(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a tar in their order.
+def read(path: Location, keys: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of a tar in their order, or of them only those with these keys: the bytes of others are not read.
 
     Raises:
         ShardError: the tar is cut short or damaged.
@@ -40,6 +40,8 @@ def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
     with copy.open("rb") as file:
         for name, offset, size in _members(copy, path):
             stem, _, extension = name.partition(".")
+            if keys is not None and stem not in keys:
+                continue
             if stem != key and parts:
                 yield key, parts
                 parts = {}

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from vlcp_dist.config import Config, fingerprint
-from vlcp_dist.data import shards, storage
+from vlcp_dist.data import packs, shards, storage
 from vlcp_dist.data.images import BadImage, decode, to_array
 from vlcp_dist.data.index import Index, Row
 from vlcp_dist.data.manifest import Failure, StageFolder, Unit
@@ -46,6 +46,10 @@ class Run:
     def latents(self, shard_names: Iterable[str]) -> shards.Arrays:
         """Latents by sample key, fp16 (4, h, w), memory-mapped."""
         return shards.Arrays(self.folders["encode"].path / f"{name}.tar" for name in shard_names)
+
+    def pack(self, class_id: str) -> packs.ClassPack:
+        """All latents of a class, fp16 (n, 4, h, w), memory-mapped, and their keys in the index's order."""
+        return packs.load(self.folders["pack"].path, class_id)
 
     def descriptions(self, shard_names: Iterable[str]) -> dict[str, str]:
         """Descriptions by sample key."""
