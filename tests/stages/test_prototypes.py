@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     plan = {stage.name: stage for stage in pipeline.stages(cfg)}
     run = base.make_run(cfg, list(plan.values()))
     engine = SerialEngine(max_retries=0)
-    for name in ("index", "caption", "pretrain", "encode", "prototypes"):
+    for name in ("index", "caption", "pretrain", "encode", "pack", "prototypes"):
         events = []
         engine.run(plan[name].job(run), plan[name].units(run), events.append)
         assert {event.kind for event in events} == {"done"}, events[-1].message

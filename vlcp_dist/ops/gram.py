@@ -39,9 +39,7 @@ class Gram:
     def subset(self, rows: Tensor) -> "Gram":
         """Of the points with these indices (m,) alone."""
         factor = self.factor[rows]
-        return Gram(
-            self.points[rows], factor[:, rows] if self.is_whole else factor, self.is_whole, self.sq_norms[rows]
-        )
+        return Gram(self.points[rows], factor[:, rows] if self.is_whole else factor, self.is_whole, self.sq_norms[rows])
 
 
 def gram(x: Tensor) -> Gram:

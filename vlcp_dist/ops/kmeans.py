@@ -17,6 +17,7 @@ class KMeansResult:
 
     centers: Tensor  # (k, d) float32: the mean of each cluster's members
     labels: Tensor  # (n,) int64
+    nearest: Tensor  # (k,) int64: the point nearest to each centre
     inertia: float  # sum of the squared distances to the centres
 
 
@@ -43,10 +44,10 @@ def check_clusters(n: int, k: int, n_init: int, max_iter: int) -> None:
 def summarize(x: Tensor, labels: Tensor, k: int) -> KMeansResult:
     """The clusters of the rows of `x` (n, d) that `labels` (n,) make, all of 0..k-1 among them."""
     labels = _by_size(labels, k)
-    centers, inertia = _centers(as_matrix(x), labels, k)
+    centers, nearest, inertia = _centers(as_matrix(x), labels, k)
     if len(torch.unique(centers, dim=0)) < k:
         warnings.warn(f"fewer than k={k} distinct points among {len(x)}: some centres coincide", stacklevel=3)
-    return KMeansResult(centers, labels, inertia)
+    return KMeansResult(centers, labels, nearest, inertia)
 
 
 def _by_size(labels: Tensor, k: int) -> Tensor:
@@ -59,17 +60,23 @@ def _by_size(labels: Tensor, k: int) -> Tensor:
     return torch.tensor(order, device=labels.device).argsort()[labels]
 
 
-def _centers(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, float]:
-    """The members' means (k, d) float32 and the inertia around them, from the points themselves."""
+def _centers(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """The members' means (k, d) float32, the point nearest to each, and the inertia around them."""
     members = torch.nn.functional.one_hot(labels, k).double()
     sizes = members.sum(dim=0)
     weights = (members / sizes).T
-    centers, inertia = [], torch.zeros((), dtype=torch.float64, device=x.device)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    norms, inner = total.new_zeros(len(x)), total.new_zeros(k, len(x))
+    centers = []
     for columns in x.split(BLOCK_COLUMNS, dim=1):
         block = columns.double()
         offset = block.mean(dim=0)
         block = block - offset
         means = weights @ block
-        inertia += block.square().sum() - (sizes * means.square().sum(dim=1)).sum()
+        norms += block.square().sum(dim=1)
+        inner.addmm_(means, block.T)
+        total += (sizes * means.square().sum(dim=1)).sum()
         centers.append((means + offset).float())
-    return torch.cat(centers, dim=1), float(inertia.clamp(min=0))
+    # Of one centre's distances |x|^2 - 2 cx + |c|^2 the last part is the same for all points.
+    nearest = (norms - 2 * inner).argmin(dim=1)
+    return torch.cat(centers, dim=1), nearest, float((norms.sum() - total).clamp(min=0))

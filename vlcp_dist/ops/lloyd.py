@@ -170,7 +170,7 @@ def _to_means(stack: Stack, owner: Tensor, labels: Tensor, k: int) -> tuple[Tens
     """Squared distances (p, k, n) from the cluster means of each start to all points, and sizes (p, k)."""
     members = labels[:, None] == torch.arange(k, device=labels.device)[:, None]
     sizes = members.sum(dim=2)
-    # The rows of each cluster's members are added up: pads, with label -1, are sorted first and make a bag of their own.
+    # The rows of each cluster's members are added up; pads, with label -1, come first and make a bag of their own.
     in_order = labels.sort(dim=1, stable=True).indices + stack.n * owner[:, None]
     bags = torch.cat([stack.n - sizes.sum(dim=1, keepdim=True), sizes], dim=1).flatten()
     sums = embedding_bag(in_order.flatten(), stack.factor, bags.cumsum(0) - bags, mode="sum")

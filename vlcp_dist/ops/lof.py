@@ -10,6 +10,7 @@ from vlcp_dist.ops.gram import gram
 from vlcp_dist.ops.neighbors import nearest
 
 _DENSITY_FLOOR = 1e-10  # scikit-learn's: keeps the density of more than n_neighbors duplicates finite
+_TIE = 1e-9  # relative: scores closer together are the same
 
 
 def local_outlier_factor(x: Tensor, n_neighbors: int = 10) -> Tensor:
@@ -38,7 +39,7 @@ def usable_neighbors(n: int, n_neighbors: int) -> int:
 
 
 def scores(distances: Tensor, neighbors: Tensor) -> Tensor:
-    """LOF scores float64 (n,) of points whose nearest others are `neighbors` (n, k) at `distances` (n, k), ascending."""
+    """LOF scores float64 (n,) of points with these nearest others (n, k) at these `distances` (n, k), ascending."""
     distances = distances.double()
     k_distance = distances[:, -1]
     reachability = torch.maximum(distances, k_distance[neighbors])
@@ -51,7 +52,7 @@ def inlier_mask(scores: Tensor, contamination: float) -> Tensor:
 
     `contamination` is the fraction in [0, 0.5] to call outliers; 0 keeps everything. As in scikit-learn's
     `fit_predict` the offset is that percentile of the negative scores and an outlier lies strictly below it, so
-    that points tied with the offset stay.
+    that points tied with the offset stay, also where rounding has set equal scores apart.
 
     Raises ValueError for a contamination outside its range.
     """
@@ -59,4 +60,4 @@ def inlier_mask(scores: Tensor, contamination: float) -> Tensor:
         raise ValueError(f"contamination must lie in [0, 0.5], got {contamination}")
     negative_factor = -scores.cpu().numpy()
     offset = np.percentile(negative_factor, 100 * contamination)
-    return torch.from_numpy(negative_factor >= offset).to(scores.device)
+    return torch.from_numpy(negative_factor >= offset - _TIE * abs(offset)).to(scores.device)

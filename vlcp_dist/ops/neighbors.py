@@ -8,12 +8,14 @@ from vlcp_dist.ops.gram import Gram
 _QUERY_ROWS = 2048  # rows of the distance matrix held at a time: bounds memory for very large classes
 _DIFFERENCE_ELEMENTS = 2**20  # differences held at a time: small enough to stay in a CPU's cache
 _CLOSE = 1e-8  # of the square norms: below, rounding takes more than a few digits of a squared distance
+_TIE = 1e-12  # of the square norms: closer together, squared distances from products cannot be told apart
 
 
 def nearest(products: Gram, k: int) -> tuple[Tensor, Tensor]:
     """Distances (n, k) float64 to each point's k nearest other points, ascending, and their indices (n, k).
 
-    Equal distances come in order of index. `k` must lie between 1 and n - 1.
+    Of points at the same distance, as far as float64 can tell, those with the smallest indices come first. `k` must lie
+    between 1 and n - 1.
     """
     everyone = torch.arange(len(products), device=products.factor.device)
     found = []
@@ -22,9 +24,21 @@ def nearest(products: Gram, k: int) -> tuple[Tensor, Tensor]:
         # Self is dropped by index: a duplicate may well come before it.
         sq_distances.scatter_(1, rows[:, None], torch.inf)
         _mend(products, rows[:, None].expand_as(sq_distances), everyone.expand_as(sq_distances), sq_distances)
-        candidates = sq_distances.topk(k, dim=1, largest=False).indices
-        found.append(_in_order(sq_distances.gather(1, candidates), candidates))
+        best = _first(products, rows, sq_distances, k)
+        found.append(_in_order(sq_distances.gather(1, best), best))
     return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+
+
+def _first(products: Gram, rows: Tensor, sq_distances: Tensor, k: int) -> Tensor:
+    """The columns (m, k) of the least of each row (m, n), ties for the last place by column."""
+    values, best = sq_distances.topk(k, dim=1, largest=False)
+    last, margin = values[:, -1:], _TIE * (products.sq_norms[rows][:, None] + products.sq_norms.max())
+    tied = (sq_distances <= last + margin).sum(dim=1) > k
+    if bool(tied.any()):
+        some = sq_distances[tied]
+        some = torch.where((some - last[tied]).abs() <= margin[tied], last[tied], some)
+        best[tied] = some.sort(dim=1, stable=True).indices[:, :k]
+    return best
 
 
 def nearest_of(products: Gram, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,14 +46,14 @@ def nearest_of(products: Gram, candidates: Tensor, k: int) -> tuple[Tensor, Tens
 
     A point's own index among its candidates is passed over, and so is a negative one.
     """
-    everyone = torch.arange(len(products), device=candidates.device)
+    everyone, in_order = torch.arange(len(products), device=candidates.device), candidates.sort(dim=1).values
     found = []
-    for rows, near in zip(everyone.split(_QUERY_ROWS), candidates.split(_QUERY_ROWS), strict=True):
-        none, near = near < 0, near.clamp(min=0)
+    for rows, listed in zip(everyone.split(_QUERY_ROWS), in_order.split(_QUERY_ROWS), strict=True):
+        near = listed.clamp(min=0)
         sq_distances = products.sq_distances(rows).gather(1, near)
         _mend(products, rows[:, None].expand_as(near), near, sq_distances)
-        sq_distances[none | (near == rows[:, None])] = torch.inf
-        best = sq_distances.topk(k, dim=1, largest=False).indices
+        sq_distances[(listed < 0) | (listed == rows[:, None])] = torch.inf
+        best = _first(products, rows, sq_distances, k)
         found.append(_in_order(sq_distances.gather(1, best), near.gather(1, best)))
     return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 

@@ -10,6 +10,8 @@ A backend is a module with four functions, and a class's points in whatever form
 Everything else, LOF's arithmetic, centres and inertia, is the same for all: `ops.lof` and `ops.kmeans`.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
@@ -19,22 +21,14 @@ Algorithm = Literal["lloyd", "minibatch"]
 
 def load(name: Name) -> ModuleType:
     """The backend's module; only it imports the library. Raises ValueError when the library is not installed."""
-    if name == "torch":
-        from vlcp_dist.ops.backends import with_torch as module
-    elif name == "faiss":
+    if name == "faiss":
         _need("faiss", name, "'vlcp-dist[cpu]' (faiss-cpu) or 'vlcp-dist[gpu]' (faiss-gpu)")
-        from vlcp_dist.ops.backends import with_faiss as module
-    elif name == "cuml":
+    if name == "cuml":
         _need("cuml", name, "'vlcp-dist[gpu]' (cuml-cu13)")
-        from vlcp_dist.ops.backends import with_cuml as module
-    else:
-        from vlcp_dist.ops.backends import with_sklearn as module
-    return module
+    return import_module(f"vlcp_dist.ops.backends.with_{name}")
 
 
 def _need(library: str, name: str, extra: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec(library) is None:
         raise ValueError(
             f"prototypes.backend={name} needs the package {library}, which is not installed: "

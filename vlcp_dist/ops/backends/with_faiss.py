@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -27,7 +28,7 @@ def prepare(x: Tensor) -> Points:
 
 def neighbors(points: Points, k: int) -> tuple[Tensor, Tensor]:
     n = len(points.products)
-    index = faiss.IndexFlatL2(points.rows.shape[1])
+    index: Any = faiss.IndexFlatL2(points.rows.shape[1])
     if _on_gpu(points):
         index = faiss.index_cpu_to_all_gpus(index)
     index.add(points.rows)
