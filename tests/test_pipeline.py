@@ -126,6 +126,8 @@ def test_a_second_run_does_nothing_and_a_larger_ipc_only_the_difference(referenc
     new = {name for name in after if name not in before}
     assert all("ipc=3" in name for name in new)
     assert {name.split("-")[0] for name in new} == {"prototypes", "synthesize", "baselines", "evaluate"}
+    infos = [json.loads((reference / name).read_text())["info"] for name in new if name.startswith("prototypes")]
+    assert len(infos) == 10 and all(info["lof"] == 0 for info in infos)  # a unit of each class, and no outlier sought
 
 
 def test_a_deleted_file_is_made_again_and_nothing_else(reference):

@@ -123,6 +123,14 @@ class Finetune(Section):
 class Prototypes(Section):
     """Outliers, image prototypes and text prototypes per class (METHOD 4-6)."""
 
+    backend: Literal["torch", "faiss", "cuml", "sklearn"] = Field(
+        "torch", description="auto is torch: the fastest on a CPU and on a GPU, and it needs nothing else"
+    )
+    algorithm: Literal["lloyd", "minibatch"] = Field("lloyd", description="minibatch is D4M's")
+    nested: bool = Field(
+        False, description="start a larger IPC from the prototypes of the next smaller one made before it"
+    )
+    classes_per_unit: int = Field(1, ge=1, description="on a GPU some 8 classes together take little longer than one")
     n_neighbors: int = Field(10, ge=1)
     contamination: float = Field(0.1, ge=0, le=0.5)
     n_init: int = Field(10, ge=1)
@@ -130,6 +138,19 @@ class Prototypes(Section):
     beta: float = Field(0.7, gt=0, le=1)
     k: int = Field(30, ge=1)
     matching: Literal["word", "substring"] = "word"
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _auto_is_torch(cls, value: Any) -> Any:
+        return "torch" if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> "Prototypes":
+        if self.algorithm == "minibatch" and self.backend not in ("torch", "sklearn"):
+            raise ValueError(f"prototypes.algorithm=minibatch needs backend torch or sklearn, not {self.backend}")
+        if self.nested and (self.backend, self.algorithm) != ("torch", "lloyd"):
+            raise ValueError("prototypes.nested needs backend torch and algorithm lloyd")
+        return self
 
 
 class Synthesize(Section):

@@ -102,8 +102,8 @@ def test_common_offset_does_not_matter() -> None:
 def test_blocks_of_queries_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.from_numpy(random_points(101, 24, seed=9))
     whole = local_outlier_factor(points)
-    monkeypatch.setattr("vlcp_dist.ops.lof._QUERY_ROWS", 17)
-    monkeypatch.setattr("vlcp_dist.ops.lof._DIFFERENCE_ELEMENTS", 1)
+    monkeypatch.setattr("vlcp_dist.ops.neighbors._QUERY_ROWS", 17)
+    monkeypatch.setattr("vlcp_dist.ops.neighbors._DIFFERENCE_ELEMENTS", 1)
     torch.testing.assert_close(local_outlier_factor(points), whole)
 
 

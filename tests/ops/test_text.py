@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from vlcp_dist.ops.text import (
     ClusterText,
+    TextResult,
     clean_description,
-    keywords,
-    nonrepresentative_words,
+    count_words,
     prompt_for,
     stop_words,
     template_sentence,
-    text_prototype,
     text_prototypes,
     tokenize,
 )
@@ -83,8 +82,7 @@ def test_is_algorithm_2(
     excluded, clusters = plain_algorithm_2(items, CLASS_NAME, n_clusters=3, beta=beta, k=k, substring=substring)
 
     result = text_prototypes(
-        [key for key, _, _ in items],
-        [text for _, text, _ in items],
+        count_words([key for key, _, _ in items], [text for _, text, _ in items]),
         [cluster for _, _, cluster in items],
         CLASS_NAME,
         n_clusters=3,
@@ -124,71 +122,89 @@ def test_stop_words_hold_function_words_and_nothing_that_looks() -> None:
     assert 150 <= len(words) <= 250
 
 
+def prototypes_of(descriptions, labels=None, class_name="x", **settings) -> TextResult:
+    """Keys a, b, c ...; one cluster if no labels are given; only what all share is non-representative."""
+    words = count_words([chr(ord("a") + i) for i in range(len(descriptions))], descriptions)
+    labels = labels or [0] * len(descriptions)
+    return text_prototypes(
+        words, labels, class_name, **{"n_clusters": max(labels, default=0) + 1, "beta": 1.0, "k": 100, **settings}
+    )
+
+
 def test_nonrepresentative_words_are_those_of_at_least_beta() -> None:
     descriptions = ["the dog is brown brown brown", "the dog is white", "the Dog is brown", "a cat"]
-    assert nonrepresentative_words(descriptions, 0.75) == ["dog"]  # held by exactly 3 of 4
-    assert nonrepresentative_words(descriptions, 0.5) == ["brown", "dog"]
-    assert nonrepresentative_words(descriptions, 0.76) == []
-    assert nonrepresentative_words([], 0.7) == []
+
+    def common(beta: float) -> list[str]:
+        return prototypes_of(descriptions, beta=beta).nonrepresentative
+
+    assert common(0.75) == ["dog"]  # held by exactly 3 of 4
+    assert common(0.5) == ["brown", "dog"]
+    assert common(0.76) == []
+    assert prototypes_of([]).nonrepresentative == []
+    for tenths in range(1, 11):  # shares are compared exactly
+        texts = ["fur"] * tenths + ["tail"] * (10 - tenths)
+        assert "fur" in prototypes_of(texts, beta=tenths / 10).nonrepresentative
     for beta in (0, -1, 1.1):
         with pytest.raises(ValueError, match="beta"):
-            nonrepresentative_words(descriptions, beta)
-
-
-def test_beta_is_met_by_exact_shares() -> None:
-    for tenths in range(1, 11):
-        descriptions = ["fur"] * tenths + ["tail"] * (10 - tenths)
-        assert "fur" in nonrepresentative_words(descriptions, tenths / 10)
+            common(beta)
 
 
 def test_keywords_count_every_occurrence_and_break_ties_by_alphabet() -> None:
-    cluster = ["Fur fur fur, and a tail", "ears, tail; the zebra hound's eyes", "gaze"]
-    assert keywords(cluster, {"ears"}, CLASS_NAME, 10) == [("fur", 3), ("tail", 2), ("eyes", 1), ("zebra", 1)]
-    assert keywords(cluster, (), CLASS_NAME, 2) == [("fur", 3), ("tail", 2)]
-    assert keywords([], (), CLASS_NAME, 5) == []
+    texts = ["Fur fur fur, and a tail", "ears, tail; the zebra hound's eyes", "gaze", "ears", "ears", "ears"]
+    labels = [0, 0, 0, 1, 1, 1]
+
+    def keywords(**settings) -> list[tuple[str, int]]:
+        return prototypes_of(texts, labels, CLASS_NAME, beta=0.5, **settings).clusters[0].keywords
+
+    assert keywords() == [("fur", 3), ("tail", 2), ("eyes", 1), ("zebra", 1)]  # gaze and hound are in the name
+    assert keywords(k=2) == [("fur", 3), ("tail", 2)]
+    assert keywords(k=3) == [("fur", 3), ("tail", 2), ("eyes", 1)]
     with pytest.raises(ValueError, match="at least 1"):
-        keywords(cluster, (), CLASS_NAME, 0)
+        keywords(k=0)
 
 
 def test_matching_by_word_or_by_substring() -> None:
-    table = [("stand", 5), ("ear", 3), ("red", 1)]
-    texts = ["It understands, ears up", "a red ear, a red ear", "Stand"]
-    by_word = text_prototype(["a", "b", "c"], texts, table)
-    assert (by_word.key, by_word.score) == ("c", 5)
-    by_substring = text_prototype(["a", "b", "c"], texts, table, matching="substring")
-    assert (by_substring.key, by_substring.score) == ("a", 8)
+    texts = ["It understands, ears up", "a red ear, a red ear", "Stand stand stand", "red"]
+    by_word = prototypes_of(texts).clusters[0]
+    assert (by_word.key, by_word.score, by_word.keywords[:3]) == ("b", 5, [("red", 3), ("stand", 3), ("ear", 2)])
+    by_substring = prototypes_of(texts, matching="substring").clusters[0]
+    assert (by_substring.key, by_substring.score) == ("a", 3 + 2 + 1 + 1)  # stand, ear, ears, understands
     with pytest.raises(ValueError, match="matching"):
-        text_prototype(["a"], ["x"], table, matching="fuzzy")  # type: ignore[arg-type]
+        prototypes_of(texts, matching="fuzzy")
 
 
 def test_a_keyword_counts_once_per_description() -> None:
-    chosen = text_prototype(["a", "b"], ["fur fur fur fur", "fur and tail"], [("fur", 5), ("tail", 1)])
+    chosen = prototypes_of(["fur fur fur fur", "fur and tail", "ears"], [0, 0, 1]).clusters[0]
     assert (chosen.key, chosen.score) == ("b", 6)
 
 
 def test_ties_go_to_the_smallest_key() -> None:
-    texts = ["fur", "fur", "fur"]
-    assert text_prototype(["n2/b", "n1/z", "n2/a"], texts, [("fur", 3)]).key == "n1/z"
+    words = count_words(["n2/b", "n1/z", "n2/a"], ["fur", "fur", "fur"])
+    assert text_prototypes(words, [0, 0, 0], "dog", n_clusters=1, beta=1.0).clusters[0].key is None  # all hold it
+    words = count_words(["n2/b", "n1/z", "n2/a", "n0"], ["fur", "fur", "fur", "tail"])
+    assert text_prototypes(words, [0, 0, 0, 1], "dog", n_clusters=2, beta=1.0).clusters[0].key == "n1/z"
 
 
-def test_nothing_that_scores_falls_back() -> None:
-    expected = ClusterText(key=None, description=None, score=0, keywords=[], size=2)
-    assert text_prototype(["a", "b"], ["", "the of"], []) == expected
-    assert expected.fallback
-    empty = text_prototype([], [], [])
-    assert empty.fallback and empty.size == 0
+def test_a_class_whose_words_are_all_common_falls_back() -> None:
+    result = prototypes_of(["brown dog", "the dog, brown", "Brown dog"], [0, 0, 1], beta=0.7)
+    assert result.nonrepresentative == ["brown", "dog"]
+    assert result.clusters == [ClusterText(None, None, 0, [], 2), ClusterText(None, None, 0, [], 1)]
+    assert all(cluster.fallback for cluster in result.clusters)
 
 
 def test_text_prototypes_at_the_edges() -> None:
-    result = text_prototypes(["a", "b"], ["", "犬は茶色 fur"], [0, 1], "dog", n_clusters=3)
+    result = prototypes_of(["", "犬は茶色 fur"], [0, 1], "dog", n_clusters=3)
     assert [c.fallback for c in result.clusters] == [True, False, True]
+    assert [c.size for c in result.clusters] == [1, 1, 0]
     assert result.clusters[1].description == "犬は茶色 fur"
     assert dict(result.clusters[1].keywords) == {"犬は茶色": 1, "fur": 1}
-    with pytest.raises(ValueError, match="2, 1 and 2"):
-        text_prototypes(["a", "b"], ["x"], [0, 1], "dog", n_clusters=2)
+    with pytest.raises(ValueError, match="2 and 1"):
+        count_words(["a", "b"], ["x"])
+    with pytest.raises(ValueError, match="1 and 2"):
+        text_prototypes(count_words(["a", "b"], ["x", "y"]), [0], "dog", n_clusters=2)
     for label in (2, -1):
         with pytest.raises(ValueError, match=f"'b' has cluster {label}"):
-            text_prototypes(["a", "b"], ["x", "y"], [0, label], "dog", n_clusters=2)
+            text_prototypes(count_words(["a", "b"], ["x", "y"]), [0, label], "dog", n_clusters=2)
 
 
 def test_a_class_sized_set() -> None:
@@ -197,7 +213,7 @@ def test_a_class_sized_set() -> None:
     texts = [" ".join(rng.choices(vocabulary, k=100)) for _ in range(1280)]
     labels = [rng.randrange(50) for _ in texts]
     keys = [f"{i:06d}" for i in range(1280)]
-    result = text_prototypes(keys, texts, labels, "dog", n_clusters=50)
+    result = text_prototypes(count_words(keys, texts), labels, "dog", n_clusters=50)
     assert sum(c.size for c in result.clusters) == 1280
     for number, cluster in enumerate(result.clusters):
         members = [i for i, label in enumerate(labels) if label == number]

@@ -4,14 +4,13 @@ Also the prompts of the ablation in Table 5, which are made of the same keywords
 """
 
 import functools
-import heapq
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain
 from typing import Literal
+
+import numpy as np
 
 Matching = Literal["word", "substring"]
 PromptStrategy = Literal["L", "L+FK", "GGS", "DCS"]
@@ -63,46 +62,35 @@ def stop_words() -> frozenset[str]:
     return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
-def nonrepresentative_words(descriptions: Iterable[str], beta: float) -> list[str]:
-    """N (Eq. 2): the words, stop words apart, that at least a share `beta` of the descriptions hold; sorted.
+@dataclass(frozen=True)
+class Words:
+    """A class's descriptions taken apart once, for every IPC: entry e says that text `text[e]` holds `word[e]`."""
 
-    Raises ValueError for a beta outside (0, 1].
-    """
-    return _nonrepresentative([tokenize(text) for text in descriptions], beta)
-
-
-def keywords(
-    cluster_descriptions: Iterable[str], excluded: Collection[str], class_name: str, k: int
-) -> list[tuple[str, int]]:
-    """R_w (Eq. 3): the `k` words that occur most often in a cluster, with their total occurrences.
-
-    Neither stop words, nor `excluded` (N), nor words found anywhere in the lower-cased class name. Ties go in
-    alphabetical order. Raises ValueError for k < 1.
-    """
-    return _keywords([tokenize(text) for text in cluster_descriptions], excluded, class_name, k)
+    keys: Sequence[str]
+    descriptions: Sequence[str]
+    vocabulary: list[str]  # sorted, so that the order of word numbers is the alphabet's
+    text: np.ndarray  # int64, ascending
+    word: np.ndarray  # int64, index into vocabulary; each pair (text, word) once
+    count: np.ndarray  # int64: how often
 
 
-def text_prototype(
-    keys: Sequence[str],
-    descriptions: Sequence[str],
-    keywords: Sequence[tuple[str, int]],
-    *,
-    matching: Matching = "word",
-) -> ClusterText:
-    """The description of one cluster with the highest score (Eq. 4-5); ties go to the smallest key.
-
-    The score of a description sums R_w[w] over the keywords w in it, each once: as one of its words, or for
-    `matching="substring"` anywhere in it, case-sensitively (METHOD.md section 6, step 5). If none scores, the result
-    has no description and `fallback` is set.
-    """
+def count_words(keys: Sequence[str], descriptions: Sequence[str]) -> Words:
+    """The words of each description. Raises ValueError when there is not one key for each."""
+    if len(keys) != len(descriptions):
+        raise ValueError(f"one key and description per item: got {len(keys)} and {len(descriptions)}")
     tokens = [tokenize(text) for text in descriptions]
-    return _text_prototype(keys, descriptions, tokens, keywords, matching)
+    vocabulary = sorted({word for words in tokens for word in words})
+    number = {word: i for i, word in enumerate(vocabulary)}
+    text = np.repeat(np.arange(len(tokens)), [len(words) for words in tokens])
+    word = np.fromiter((number[word] for words in tokens for word in words), np.int64, len(text))
+    pairs, count = np.unique(text * len(vocabulary) + word, return_counts=True)
+    text, word = np.divmod(pairs, max(1, len(vocabulary)))
+    return Words(keys, descriptions, vocabulary, text, word, count)
 
 
 def text_prototypes(
-    keys: Sequence[str],
-    descriptions: Sequence[str],
-    labels: Iterable[int],
+    words: Words,
+    labels: Sequence[int] | np.ndarray,
     class_name: str,
     *,
     n_clusters: int,
@@ -110,31 +98,51 @@ def text_prototypes(
     k: int = 30,
     matching: Matching = "word",
 ) -> TextResult:
-    """Algorithm 2 for one class: item i has key `keys[i]`, `descriptions[i]` and cluster `labels[i]`.
+    """Algorithm 2 for one class whose item i is in cluster `labels[i]`. The order of the items does not matter.
 
-    The result does not depend on the order of the items. Raises ValueError when the three differ in length, for a
-    label outside 0..n_clusters-1, and for beta, k or matching out of range.
+    N (Eq. 2): words, stop words apart, that at least a share `beta` of the descriptions hold. R_w (Eq. 3): of each
+    cluster the `k` words that occur most often, with their total occurrences; neither stop words, nor N, nor words
+    found anywhere in the lower-cased class name; ties in alphabetical order. Score (Eq. 4-5): the sum of R_w[w] over
+    the keywords w in a description, each once, as one of its words or, for `matching="substring"`, anywhere in it,
+    case-sensitively (METHOD.md section 6, step 5). The highest wins, ties go to the smallest key; where none scores,
+    the cluster has no description and `fallback` is set.
+
+    Raises ValueError when there is not one label per item, for a label outside 0..n_clusters-1, and for beta, k or
+    matching out of range.
     """
-    labels = [int(label) for label in labels]
-    if not len(keys) == len(descriptions) == len(labels):
-        raise ValueError(
-            f"one key, description and label per item: got {len(keys)}, {len(descriptions)} and {len(labels)}"
+    labels = np.asarray(labels, dtype=np.int64)
+    _check(words, labels, n_clusters, beta=beta, k=k, matching=matching)
+    is_common, is_wanted = _classify(words, class_name, beta)
+    occurrences = np.bincount(
+        labels[words.text] * len(words.vocabulary) + words.word,
+        weights=words.count,
+        minlength=n_clusters * len(words.vocabulary),
+    ).reshape(n_clusters, len(words.vocabulary))
+    occurrences[:, ~is_wanted] = 0
+    top = [_most(row, k) for row in occurrences]
+    keywords = [[(words.vocabulary[w], int(occurrences[c, w])) for w in ids] for c, ids in enumerate(top)]
+    if matching == "word":
+        weights = np.zeros_like(occurrences)
+        for c, ids in enumerate(top):
+            weights[c, ids] = occurrences[c, ids]
+        scores = np.bincount(words.text, weights=weights[labels[words.text], words.word], minlength=len(labels))
+    else:
+        scores = np.array(
+            [
+                sum(count for w, count in keywords[label] if w in text)
+                for text, label in zip(words.descriptions, labels, strict=True)
+            ]
         )
-    members: list[list[int]] = [[] for _ in range(n_clusters)]
-    for item, label in enumerate(labels):
-        if not 0 <= label < n_clusters:
-            raise ValueError(f"item {keys[item]!r} has cluster {label}, outside 0..{n_clusters - 1}")
-        members[label].append(item)
-
-    tokens = [tokenize(text) for text in descriptions]
-    excluded = _nonrepresentative(tokens, beta)
-    clusters = []
-    for items in members:
-        own_tokens = [tokens[i] for i in items]
-        common = _keywords(own_tokens, excluded, class_name, k)
-        own_keys, own_descriptions = [keys[i] for i in items], [descriptions[i] for i in items]
-        clusters.append(_text_prototype(own_keys, own_descriptions, own_tokens, common, matching))
-    return TextResult(excluded, clusters)
+    by_key = np.empty(len(labels), dtype=np.int64)
+    by_key[sorted(range(len(labels)), key=words.keys.__getitem__)] = np.arange(len(labels))
+    best_first = np.lexsort((by_key, -scores, labels))
+    starts = np.searchsorted(labels[best_first], np.arange(n_clusters))
+    sizes = np.bincount(labels, minlength=n_clusters)
+    clusters = [
+        _cluster(words, best_first[starts[c]] if sizes[c] else None, scores, keywords[c], int(sizes[c]))
+        for c in range(n_clusters)
+    ]
+    return TextResult([words.vocabulary[w] for w in np.flatnonzero(is_common)], clusters)
 
 
 def prompt_for(
@@ -174,43 +182,43 @@ def template_sentence(class_name: str, keywords: Sequence[str]) -> str:
     return f"The image shows the {class_name}, which stands out by these features: {features}."
 
 
-def _nonrepresentative(tokens: Sequence[Sequence[str]], beta: float) -> list[str]:
+def _check(words: Words, labels: np.ndarray, n_clusters: int, *, beta: float, k: int, matching: str) -> None:
+    if len(labels) != len(words.keys):
+        raise ValueError(f"one label per description: got {len(labels)} and {len(words.keys)}")
+    outside = np.flatnonzero((labels < 0) | (labels >= n_clusters))
+    if len(outside):
+        item = outside[0]
+        raise ValueError(f"item {words.keys[item]!r} has cluster {labels[item]}, outside 0..{n_clusters - 1}")
     if not 0 < beta <= 1:
         raise ValueError(f"beta is a share of the descriptions in (0, 1], got {beta}")
-    held_by = Counter(chain.from_iterable(set(words) for words in tokens))
-    return sorted(w for w, count in held_by.items() if count / len(tokens) >= beta and w not in stop_words())
-
-
-def _keywords(
-    tokens: Iterable[Iterable[str]], excluded: Collection[str], class_name: str, k: int
-) -> list[tuple[str, int]]:
     if k < 1:
         raise ValueError(f"k, the number of keywords, must be at least 1, got {k}")
-    occurrences = Counter(chain.from_iterable(tokens))
-    unwanted, name = stop_words().union(excluded), class_name.lower()
-    kept = [(w, count) for w, count in occurrences.items() if w not in unwanted and w not in name]
-    return heapq.nsmallest(k, kept, key=lambda pair: (-pair[1], pair[0]))
-
-
-def _text_prototype(
-    keys: Sequence[str],
-    descriptions: Sequence[str],
-    tokens: Sequence[Sequence[str]],
-    keywords: Sequence[tuple[str, int]],
-    matching: Matching,
-) -> ClusterText:
-    weights = dict(keywords)
-    if matching == "word":
-        scores = [_word_score(words, weights) for words in tokens]
-    elif matching == "substring":
-        scores = [sum(count for w, count in keywords if w in text) for text in descriptions]
-    else:
+    if matching not in ("word", "substring"):
         raise ValueError(f'unknown matching {matching!r}: choose "word" or "substring"')
-    best = min(range(len(keys)), key=lambda i: (-scores[i], keys[i]), default=None)
+
+
+def _classify(words: Words, class_name: str, beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of the vocabulary, which words are non-representative (N), and which may be keywords: two masks."""
+    stop, name = stop_words(), class_name.lower()
+    is_stop = np.array([word in stop for word in words.vocabulary], dtype=bool)
+    is_name = np.array([word in name for word in words.vocabulary], dtype=bool)
+    held_by = np.bincount(words.word, minlength=len(words.vocabulary))
+    is_common = (held_by / max(1, len(words.keys)) >= beta) & ~is_stop
+    return is_common, ~(is_stop | is_common | is_name)
+
+
+def _most(occurrences: np.ndarray, k: int) -> np.ndarray:
+    """The words (at most k) with the most occurrences above 0, in falling order, ties by number."""
+    held = np.flatnonzero(occurrences)
+    if len(held) > k:  # sort only those that can be among the first k
+        least = np.partition(occurrences[held], -k)[-k]
+        held = held[occurrences[held] >= least]
+    return held[np.argsort(-occurrences[held], kind="stable")][:k]
+
+
+def _cluster(
+    words: Words, best: int | None, scores: np.ndarray, keywords: list[tuple[str, int]], size: int
+) -> ClusterText:
     if best is None or scores[best] == 0:
-        return ClusterText(None, None, 0, list(keywords), len(keys))
-    return ClusterText(keys[best], descriptions[best], scores[best], list(keywords), len(keys))
-
-
-def _word_score(words: Iterable[str], weights: Mapping[str, int]) -> int:
-    return sum(weights[word] for word in weights.keys() & set(words))
+        return ClusterText(None, None, 0, keywords, size)
+    return ClusterText(words.keys[best], words.descriptions[best], int(scores[best]), keywords, size)
