@@ -1,7 +1,7 @@
 """The hard-label protocol: train a net from scratch on a small labelled set, and read its top-1 on a test split.
 
-The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024; METHOD 8): SGD with two drops of the
-step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
+The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024; METHOD 8): SGD with two drops of
+the step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
 there is no loader.
 """
 
@@ -22,9 +22,10 @@ from vlcp_dist.ops.augment import augment, cutmix, resize_and_crop
 class Protocol:
     """Everything that decides a training beside the data and the seed. None stands for the published value.
 
-    `epochs` follows the IPC, `batch_size`, `lr` and `weight_decay` the number of classes, `cutmix_probability` the image
-    size (see `resolve`). `width` is the net's own (`classifiers.build`). `evaluations` is about how often, at even
-    distances, the test split is looked at: the best look is what the literature reports. `dtype` "bfloat16" is autocast.
+    `epochs` follows the IPC, `batch_size`, `lr` and `weight_decay` the number of classes, `cutmix_probability` the
+    image size (see `resolve`). `width` is the net's own (`classifiers.build`). `evaluations` is about how often, at
+    even distances, the test split is looked at: the best look is what the literature reports. `dtype` "bfloat16" is
+    autocast.
     """
 
     net: str = "resnetap10"
@@ -84,10 +85,11 @@ def describe(protocol: Protocol) -> dict[str, Any]:
         "optimizer": "SGD",
         "schedule": f"lr x 0.2 after epoch {first} and again after epoch {second}",
         "loss": "cross-entropy with both labels of a CutMix, by their share of the pixels",
-        "train_transform": f"shorter side to {size}, centre crop, random resized crop, flip, colour jitter, PCA lighting, "
-        "ImageNet statistics, CutMix",
+        "train_transform": f"shorter side to {size}, centre crop, random resized crop, flip, colour jitter, "
+        "PCA lighting, ImageNet statistics, CutMix",
         "test_transform": f"shorter side to {size}, centre crop {size}, ImageNet statistics",
-        "reported": "top1_best is the best of the looks in curve (what the literature reports), top1_last the last epoch",
+        "reported": "top1_best is the best of the looks in curve (what the literature reports), "
+        "top1_last the last epoch",
     }
 
 
@@ -109,8 +111,8 @@ def train(
     """Train on `images` uint8 (n, 3, h, w) with `labels` int64 (n,), following the top-1 on the test split.
 
     Images of another size than the protocol's are resized and centre-cropped. `ipc` only chooses the published
-    epochs. `after_epoch` sees the training after each epoch but the last, and `resume` is a `Training.state` that it took.
-    The same arguments and number of threads give the same result, `seconds` aside, resumed or not; in parts of
+    epochs. `after_epoch` sees the training after each epoch but the last, and `resume` is a `Training.state` that it
+    took. The same arguments and number of threads give the same result, `seconds` aside, resumed or not; in parts of
     `micro_batch_size` the sums differ in the last digits.
 
     Raises ValueError for data that do not fit together, FloatingPointError when the training diverges.
@@ -160,7 +162,7 @@ def make_recipe(protocol: Protocol) -> Recipe:
         return result
 
     def prepare(images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Loss]:
-        """An augmented batch, and the cross-entropy against both labels of its CutMix, in proportion of their pixels."""
+        """An augmented batch, and the cross-entropy against both labels of its CutMix by their share of pixels."""
         pixels = augment(
             images,
             crop_scale=protocol.crop_scale,

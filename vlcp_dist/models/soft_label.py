@@ -1,8 +1,8 @@
 """The soft-label protocol: a teacher labels every augmented batch, and a net of a standard architecture follows it.
 
 The protocol of ImageNet-1K and CIFAR (RDED, Sun et al. 2024; METHOD 8). It differs from RDED's script in one thing:
-there each step also runs the student on the mixed batch a second time for a figure on the screen, which updates the running
-statistics of its batch norm twice.
+there each step also runs the student on the mixed batch a second time for a figure on the screen, which updates the
+running statistics of its batch norm twice.
 """
 
 import math
@@ -42,7 +42,7 @@ LOOK_EVERY = 10  # epochs, in the last fifth of the training
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that decides a training beside the data, the teacher and the seed. None stands for the published value.
+    """Everything that decides a training beside data, teacher and seed. None stands for the published value.
 
     `factor` is that of the shuffled patches and of the smallest crop, 1/factor of the area; 1 shuffles nothing.
     """
@@ -148,8 +148,8 @@ def train(
     `labels` int64 (n,) are positions in `class_ids`, as are the teacher's outputs; the student never sees them, the
     batches of CutMix are drawn without them. `resume` and `after_epoch` are as in `hard_label.train`.
 
-    Raises ValueError for data that do not fit together, FloatingPointError when the training diverges, RuntimeError where
-    a batch does not fit in the memory left (batch norm forbids parts).
+    Raises ValueError for data that do not fit together, FloatingPointError when the training diverges, RuntimeError
+    where a batch does not fit in the memory left (batch norm forbids parts).
     """
     num_classes = len(class_ids)
     check_set(images, labels, num_classes, "training")
@@ -259,10 +259,8 @@ def place_test(images: Tensor, image_size: int, device: str | torch.device) -> T
     return place(images, device, lambda part: center_crop(resize_and_crop(part, test_size(image_size)), image_size))
 
 
-def _augment(
-    images: Tensor, factor: int, scale: tuple[float, float], flip: float, generator: Generator
-) -> Tensor:
-    """uint8 (b, 3, h, w) -> normalised fp32: patches shuffled, random resized crop, flip, drawn anew for every image."""
+def _augment(images: Tensor, factor: int, scale: tuple[float, float], flip: float, generator: Generator) -> Tensor:
+    """Shuffled patches, random resized crop, flip and normalisation of uint8 (b, 3, h, w), drawn for every image."""
     count, _, height, width = images.shape
     if factor > 1:
         images = shuffle_patches(images, factor, generator=generator)

@@ -1,9 +1,10 @@
 """The standard nets of the soft-label protocol, from transformers, made here without the hub.
 
-They are torchvision's nets to the last parameter (METHOD 8; RDED trains torchvision's). Where transformers' defaults differ
-they are set: in the configuration (MobileNet-V2 without TensorFlow's padding, dropout 0.2, eps 1e-5; EfficientNet-B0 at
-width and depth 1, symmetric padding, eps 1e-5), and where it has no key, in `from_config` (batch-norm momentum of
-MobileNet-V2, the stem's padding and the dropped branches of EfficientNet, the stem of the CIFAR variant).
+They are torchvision's nets to the last parameter (METHOD 8; RDED trains torchvision's). The numbers of parameters are
+the same in both libraries; what differs is set here: in the configuration (MobileNet-V2 without TensorFlow's padding,
+dropout 0.2, eps 1e-5; EfficientNet-B0 at width and depth 1, symmetric padding, eps 1e-5), where it has no key in
+`from_config` (batch-norm momentum of MobileNet-V2, the stem's padding and the dropped branches of EfficientNet, the
+stem of the CIFAR variant), and the first weights (transformers starts EfficientNet's batch norms near 0).
 """
 
 import math
@@ -117,7 +118,7 @@ def _read_config(folder: Path) -> Any:
 def _config(name: str, class_ids: Sequence[str]) -> Any:
     from transformers import EfficientNetConfig, MobileNetV2Config, ResNetConfig
 
-    labels = {
+    labels: dict[str, Any] = {
         "id2label": dict(enumerate(class_ids)),
         "label2id": {class_id: label for label, class_id in enumerate(class_ids)},
         "layout": "torchvision",
@@ -126,8 +127,9 @@ def _config(name: str, class_ids: Sequence[str]) -> Any:
         return ResNetConfig(layer_type="bottleneck", depths=[3, 4, 6, 3], **labels)
     if name.startswith("resnet18"):
         widths = [64, 128, 256, 512]
-        stem = {"stem": "3x3"} if name == "resnet18-cifar" else {}
-        return ResNetConfig(layer_type="basic", hidden_sizes=widths, depths=[2, 2, 2, 2], **stem, **labels)
+        if name == "resnet18-cifar":
+            labels["stem"] = "3x3"
+        return ResNetConfig(layer_type="basic", hidden_sizes=widths, depths=[2, 2, 2, 2], **labels)
     if name == "mobilenet-v2":
         return MobileNetV2Config(tf_padding=False, classifier_dropout_prob=0.2, layer_norm_eps=1e-5, **labels)
     return EfficientNetConfig(

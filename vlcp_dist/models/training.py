@@ -1,4 +1,4 @@
-"""The loop that both protocols share: epochs over a set that lies on the device, looks at the test split, checkpoints."""
+"""The loop of both protocols: epochs over a set that lies on the device, looks at the test split, checkpoints."""
 
 import contextlib
 import json
@@ -63,9 +63,9 @@ class Result:
 class Training:
     """A net on its way through a recipe. What the next epoch depends on can be saved (`state`) and taken up again.
 
-    `micro_batch_size` images go through the net at once, all of a batch when None; the gradients of the parts are summed.
-    Where memory runs out it is halved. Batch norm takes its statistics over what goes through at once, so nets with it
-    are never split.
+    `micro_batch_size` images go through the net at once, all of a batch when None; the gradients of the parts are
+    summed. Where memory runs out it is halved. Batch norm takes its statistics over what goes through at once, so
+    batches of nets with it are never split.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 Every draw comes from a generator on the CPU and is then moved, so that CPU and CUDA see the same crops and
 colours. One resampling does crop and flip, one affine map of RGB does jitter and lighting.
 
-kornia was weighed and set aside: it takes no generator; its jitter clips and orders the three blends once for a whole
-batch, where the protocol does not clip and orders them for each image; it has no PCA lighting and no shuffle of rows and
-columns of patches; and it takes four to five times as long on a CPU, as every step of it passes over the batch again.
+kornia was weighed and set aside: it takes no generator; its jitter clips and orders the three blends once for a
+whole batch, where the protocol does not clip and orders them for each image; it has no PCA lighting and no shuffle of
+rows and columns of patches; and it takes four to five times as long on a CPU, passing over the batch at every step.
 """
 
 import torch
