@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from upath import UPath
 
@@ -21,9 +29,24 @@ PROMPT = (
     "Describe the physical appearance of the {class_name} in the image. "
     "Include details about its shape, posture, color, and any distinct features."
 )
-Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
+HardNet = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
+SoftNet = Literal["resnet18", "resnet18-cifar", "resnet50", "efficientnet-b0", "mobilenet-v2"]
+Net = HardNet | SoftNet
+NETS = {"hard": typing.get_args(HardNet), "soft": typing.get_args(SoftNet)}
+ONLY_HARD = ("width", "cutmix_probability", "crop_scale", "color_jitter", "lighting", "evaluations", "micro_batch_size")
+ONLY_SOFT = ("teacher", "temperature", "factor")
 StageName = Literal[
-    "index", "caption", "pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
+    "index",
+    "caption",
+    "pretrain",
+    "encode",
+    "pack",
+    "finetune",
+    "prototypes",
+    "synthesize",
+    "teachers",
+    "baselines",
+    "evaluate",
 ]
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
@@ -173,13 +196,40 @@ class Synthesize(Section):
     prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
 
 
-class Evaluate(Section):
-    """Train classifiers on the distilled images, test them on real ones (METHOD 8, hard label)."""
+def _default_nets(validated: dict[str, Any]) -> list[Net]:
+    return ["resnet18"] if validated.get("protocol") == "soft" else ["resnetap10"]
 
+
+class Teacher(Section):
+    """What labels the images of the soft-label protocol: a net like the student, trained on the real images."""
+
+    checkpoints: dict[SoftNet, str] = Field(
+        {},
+        description="{net: folder in transformers' layout}, outputs named by class id; other nets are trained here",
+        json_schema_extra={"fingerprint": False},  # each training is named by its teacher
+    )
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.1, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    crop_scale: float = Field(0.25, gt=0, le=1)
+
+
+class Evaluate(Section):
+    """Train classifiers on the distilled images, test them on real ones (METHOD 8). None is the published value.
+
+    Several trainings share a GPU where engine.stages.evaluate.gpus_per_worker is a share of one.
+    """
+
+    protocol: Literal["hard", "soft"] = "hard"
     baselines: list[Literal["random", "k-center", "herding", "full"]] = Field(
         [], json_schema_extra={"fingerprint": False}
     )
-    nets: list[Net] = Field(["resnetap10"], min_length=1, json_schema_extra={"fingerprint": False})
+    nets: list[Net] = Field(
+        default_factory=_default_nets,
+        min_length=1,
+        json_schema_extra={"fingerprint": False},
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False})
     split: Literal["validation", "test"] = "test"
     width: int | None = Field(None, ge=1, description="channels of a ConvNet, 128 when not given")
@@ -192,12 +242,42 @@ class Evaluate(Section):
     batch_size: int | None = Field(None, ge=1)
     lr: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
-    cutmix_probability: float = Field(1.0, ge=0, le=1)
     flip: float = Field(0.5, ge=0, le=1)
-    crop_scale: float = Field(0.5, gt=0, le=1, description="smallest share of the area kept by a random crop")
-    color_jitter: float = Field(0.4, ge=0)
-    lighting: float = Field(0.1, ge=0)
-    evaluations: int = Field(100, ge=1, description="how often the test split is looked at in a training")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cutmix_probability: float | None = Field(
+        None, ge=0, le=1, description="hard: 1, or 0.5 up to 32 px, when not given"
+    )
+    crop_scale: float = Field(0.5, gt=0, le=1, description="hard: smallest share of the area kept by a random crop")
+    color_jitter: float = Field(0.4, ge=0, description="hard")
+    lighting: float = Field(0.1, ge=0, description="hard")
+    evaluations: int = Field(100, ge=1, description="hard: how often the test split is looked at in a training")
+    teacher: Teacher = Teacher()
+    temperature: float = Field(20.0, gt=0, description="soft")
+    factor: int | None = Field(
+        None, ge=1, description="soft: shuffled patches a side; 2, or 1 up to 64 px, when not given"
+    )
+    micro_batch_size: int | None = _knob(
+        None, ge=1, description="hard: images of a batch that go through a net at once"
+    )
+    checkpoint_every: float = _knob(120.0, ge=0, description="seconds of a training between checkpoints")
+
+    @field_validator("nets", mode="after")
+    @classmethod
+    def _nets_of_the_protocol(cls, nets: list[Net], info: ValidationInfo) -> list[Net]:
+        protocol = info.data.get("protocol", "hard")
+        if others := [net for net in nets if net not in NETS[protocol]]:
+            raise ValueError(
+                f"{', '.join(others)} is no net of the {protocol}-label protocol, whose nets are "
+                f"{', '.join(NETS[protocol])}; choose among them or the other evaluate.protocol"
+            )
+        return nets
+
+    @model_validator(mode="after")
+    def _only_settings_of_the_protocol(self) -> "Evaluate":
+        for name in ONLY_SOFT if self.protocol == "hard" else ONLY_HARD:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"evaluate.{name} has no meaning in the {self.protocol}-label protocol; leave it out")
+        return self
 
 
 class Placement(Section):
@@ -366,6 +446,12 @@ def _in_fingerprint(field: FieldInfo) -> bool:
 def _absolute(tree: dict[str, Any]) -> dict[str, Any]:
     """Local paths made absolute: workers run in other folders, and the same data must have the same fingerprint."""
     tree = copy.deepcopy(tree)
+    evaluate = tree.get("evaluate")
+    teacher = evaluate.get("teacher") if isinstance(evaluate, dict) else None
+    checkpoints = teacher.get("checkpoints") if isinstance(teacher, dict) else None
+    if isinstance(checkpoints, dict):
+        local = {net: at for net, at in checkpoints.items() if isinstance(at, str) and "://" not in at}
+        checkpoints |= {net: str(Path(folder).absolute()) for net, folder in local.items()}
     for section, key in (("data", "path"), ("data", "class_names"), ("caption", "model"), ("diffusion", "model")):
         values = tree.get(section)
         if not isinstance(values, dict):

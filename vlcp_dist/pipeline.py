@@ -30,6 +30,7 @@ from vlcp_dist.stages import (
     pretrain,
     prototypes,
     synthesize,
+    teachers,
 )
 from vlcp_dist.stages.index import check_sizes
 from vlcp_dist.status import StageStatus, digests, failures, stage_status, stale_stages
@@ -38,7 +39,10 @@ FAILURES_EVERY = 5.0  # seconds between writes of failures.jsonl
 
 
 def stages(cfg: Config) -> list[base.Stage]:
-    """The stages of a run in their order. `pretrain` is one of them only where no pretrained model is given."""
+    """The stages of a run in their order.
+
+    `pretrain` is one of them only where no pretrained model is given, `teachers` only in the soft-label protocol.
+    """
     return [
         index.STAGE,
         caption.STAGE,
@@ -48,6 +52,7 @@ def stages(cfg: Config) -> list[base.Stage]:
         finetune.STAGE,
         prototypes.STAGE,
         synthesize.STAGE,
+        *([teachers.STAGE] if cfg.evaluate.protocol == "soft" else []),
         evaluate.BASELINES,
         evaluate.EVALUATE,
     ]
@@ -112,6 +117,7 @@ def run(
                     raise Stopped(stage.name)
                 if stage.name == "index":
                     check_sizes(cfg, context.index)
+                    evaluate.check(cfg, context.index)
                     states = {stage.name: stage_status(context, stage) for stage in plan}
                 _check_failures(cfg, [states[before.name] for before in plan[: plan.index(stage) + 1]])
             outcome = "done" if all(state.complete for state in states.values()) else "incomplete"
@@ -127,8 +133,9 @@ def _waits(stage: base.Stage, states: dict[str, StageStatus], only: Collection[s
     """Whether a stage that this one reads from is not complete, as after `max_units`."""
     missing = [name for name in stage.upstream if name in states and not states[name].complete]
     if missing and only:
+        left = [f"{name} ({_left(states[name])})" for name in missing]
         raise InputError(
-            f"{stage.name} needs {' and '.join(missing)} to be complete first: run without --only, "
+            f"{stage.name} needs {' and '.join(left)} to be complete first: run without --only, "
             f"or with {' '.join(f'--only {name}' for name in missing)}"
         )
     if missing:
@@ -136,11 +143,20 @@ def _waits(stage: base.Stage, states: dict[str, StageStatus], only: Collection[s
     return bool(missing)
 
 
+def _left(state: StageStatus) -> str:
+    """What of a stage is not done yet, such as an IPC that was asked for since."""
+    if state.units is None:
+        return "not begun"
+    return f"{len(state.todo)} of {len(state.units)} units are not done, such as {state.todo[0].name}"
+
+
 def _check_places(cfg: Config) -> None:
     """Inside a Ray job, refuse places in the uploaded copy: they are on one node alone, and elsewhere next time."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
     places = {"root": cfg.root, "data.path": cfg.data.path, "caption.model": cfg.caption.model}
+    checkpoints = cfg.evaluate.teacher.checkpoints
+    places |= {f"evaluate.teacher.checkpoints.{net}": place for net, place in checkpoints.items()}
     for name, place in {**places, "diffusion.model": cfg.diffusion.model}.items():
         local = place is not None and "://" not in place and (name == "root" or Path(place).exists())
         if local and Path(place or "").absolute().is_relative_to(Path.cwd()):

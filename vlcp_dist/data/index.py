@@ -156,6 +156,10 @@ class Index:
         """Split (train, validation, test) -> images."""
         return {name: sum(group.images for group in self._groups if group.split == name) for name in SPLITS}
 
+    def classes_of(self, split: str) -> set[str]:
+        """The ids of the classes that a split holds images of."""
+        return {class_id for group in self._groups if group.split == split for class_id in group.classes}
+
     def shard(self, name: str) -> list[Row]:
         """The rows of a training shard.
 

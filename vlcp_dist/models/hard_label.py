@@ -1,34 +1,31 @@
 """The hard-label protocol: train a net from scratch on a small labelled set, and read its top-1 on a test split.
 
-The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024): SGD with two drops of the
-step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
+The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024; METHOD 8): SGD with two drops of
+the step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
 there is no loader.
 """
 
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from vlcp_dist.models import classifiers
-from vlcp_dist.ops.augment import augment, cutmix, normalize, resize_and_crop
-
-EVALUATION_BATCH = 256
-DTYPES = ("float32", "bfloat16")
+from vlcp_dist.models.training import Loss, Recipe, Result, Training, check_set, correctly_classified, place, seeds
+from vlcp_dist.ops.augment import augment, cutmix, resize_and_crop
 
 
 @dataclass(frozen=True)
 class Protocol:
     """Everything that decides a training beside the data and the seed. None stands for the published value.
 
-    `epochs` follows the IPC, and `batch_size`, `lr` and `weight_decay` the number of classes (see `resolve`).
-    `width` is the net's own (`classifiers.build`). `evaluations` is about how often, at even distances, the test
-    split is looked at: the best look is what the literature reports. `dtype` "bfloat16" is autocast.
+    `epochs` follows the IPC, `batch_size`, `lr` and `weight_decay` the number of classes, `cutmix_probability` the
+    image size (see `resolve`). `width` is the net's own (`classifiers.build`). `evaluations` is about how often, at
+    even distances, the test split is looked at: the best look is what the literature reports. `dtype` "bfloat16" is
+    autocast.
     """
 
     net: str = "resnetap10"
@@ -39,7 +36,7 @@ class Protocol:
     lr: float | None = None
     weight_decay: float | None = None
     momentum: float = 0.9
-    cutmix_probability: float = 1.0
+    cutmix_probability: float | None = None
     flip: float = 0.5
     crop_scale: tuple[float, float] = (0.5, 1.0)
     color_jitter: float = 0.4
@@ -47,26 +44,6 @@ class Protocol:
     evaluations: int = 100
     dtype: str = "float32"
     name: str = "hard-label"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Accuracies are in percent of the test split; `curve` holds {epoch, loss, top1} of each evaluation.
-
-    Epochs count from 1, and `best_epoch` is the first that reached `top1_best`. The curve's loss is the mean over
-    the epoch's mixed batches. `per_class` is after the last epoch, None for a class that the test split lacks.
-    `protocol` is what was run, the published values filled in; `seconds` are of wall time.
-    """
-
-    top1_best: float
-    top1_last: float
-    best_epoch: int
-    epochs: int
-    curve: list[dict[str, float]]
-    per_class: list[float | None]
-    train_images: int
-    seconds: float
-    protocol: Protocol
 
 
 def published_epochs(ipc: int, num_classes: int) -> int:
@@ -82,9 +59,12 @@ def published_epochs(ipc: int, num_classes: int) -> int:
 
 
 def resolve(protocol: Protocol, *, num_classes: int, ipc: int) -> Protocol:
-    """The protocol with the published values in place of None: above 100 classes larger batches and steps."""
+    """The protocol with the published values in place of None.
+
+    Above 100 classes batches and steps are larger; CutMix is for every batch, for every other one of CIFAR (32 px).
+    """
     many = num_classes > 100
-    epochs, batch_size = protocol.epochs, protocol.batch_size
+    epochs, batch_size, cut = protocol.epochs, protocol.batch_size, protocol.cutmix_probability
     lr, weight_decay = protocol.lr, protocol.weight_decay
     return replace(
         protocol,
@@ -92,7 +72,25 @@ def resolve(protocol: Protocol, *, num_classes: int, ipc: int) -> Protocol:
         batch_size=(128 if many else 64) if batch_size is None else batch_size,
         lr=(0.1 if many else 0.01) if lr is None else lr,
         weight_decay=(1e-4 if many else 5e-4) if weight_decay is None else weight_decay,
+        cutmix_probability=(0.5 if protocol.image_size <= 32 else 1.0) if cut is None else cut,
     )
+
+
+def describe(protocol: Protocol) -> dict[str, Any]:
+    """A resolved protocol whole and JSON-ready: its settings, and in words what no setting changes."""
+    size, (first, second) = protocol.image_size, _drops(protocol)
+    return {
+        **asdict(protocol),
+        "norm": "instance",
+        "optimizer": "SGD",
+        "schedule": f"lr x 0.2 after epoch {first} and again after epoch {second}",
+        "loss": "cross-entropy with both labels of a CutMix, by their share of the pixels",
+        "train_transform": f"shorter side to {size}, centre crop, random resized crop, flip, colour jitter, "
+        "PCA lighting, ImageNet statistics, CutMix",
+        "test_transform": f"shorter side to {size}, centre crop {size}, ImageNet statistics",
+        "reported": "top1_best is the best of the looks in curve (what the literature reports), "
+        "top1_last the last epoch",
+    }
 
 
 def train(
@@ -106,24 +104,23 @@ def train(
     protocol: Protocol,
     seed: int,
     device: str | torch.device,
+    micro_batch_size: int | None = None,
+    resume: bytes | None = None,
+    after_epoch: Callable[[Training], None] = lambda _: None,
 ) -> tuple[Result, nn.Module]:
     """Train on `images` uint8 (n, 3, h, w) with `labels` int64 (n,), following the top-1 on the test split.
 
     Images of another size than the protocol's are resized and centre-cropped. `ipc` only chooses the published
-    epochs. The same arguments and number of
-    threads give the same result, `seconds` aside.
+    epochs. `after_epoch` sees the training after each epoch but the last, and `resume` is a `Training.state` that it
+    took. The same arguments and number of threads give the same result, `seconds` aside, resumed or not; in parts of
+    `micro_batch_size` the sums differ in the last digits.
 
     Raises ValueError for data that do not fit together, FloatingPointError when the training diverges.
     """
-    _check(images, labels, num_classes, "training")
-    _check(test_images, test_labels, num_classes, "test")
+    check_set(images, labels, num_classes, "training")
+    check_set(test_images, test_labels, num_classes, "test")
     protocol = resolve(protocol, num_classes=num_classes, ipc=ipc)
-    if protocol.dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {protocol.dtype!r}: known are {', '.join(DTYPES)}")
-    started = time.perf_counter()
-    images, test_images = (_place(x, protocol.image_size, device) for x in (images, test_images))
-    labels, test_labels = labels.to(device), test_labels.to(device)
-    net_seed, draw_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    net_seed, draw_seed = seeds(seed)
     net = classifiers.build(
         protocol.net,
         num_classes=num_classes,
@@ -131,117 +128,67 @@ def train(
         width=protocol.width,
         seed=net_seed,
     ).to(device)
-    generator = Generator().manual_seed(draw_seed)
-
-    assert protocol.epochs is not None  # resolve has filled it in
-    interval = max(protocol.epochs // protocol.evaluations, 1)
-    curve: list[dict[str, float]] = []
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        for epoch, mean_loss in enumerate(_epochs(net, images, labels, protocol, generator), start=1):
-            if epoch % interval and epoch != protocol.epochs:
-                continue
-            loss = mean_loss.item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at epoch {epoch}: lower lr (now {protocol.lr})")
-            correct = _correct(net, test_images, test_labels, protocol.dtype)
-            top1 = 100 * correct.double().mean().item()
-            curve.append({"epoch": epoch, "loss": loss, "top1": top1})
-
-    best = max(curve, key=lambda point: point["top1"])
-    result = Result(
-        top1_best=best["top1"],
-        top1_last=curve[-1]["top1"],
-        best_epoch=int(best["epoch"]),
-        epochs=protocol.epochs,
-        curve=curve,
-        per_class=_per_class(correct, test_labels, num_classes),
-        train_images=len(images),
-        seconds=time.perf_counter() - started,
-        protocol=protocol,
+    recipe = make_recipe(protocol)
+    decay = protocol.weight_decay
+    assert decay is not None  # resolve has filled it in
+    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr(0), momentum=protocol.momentum, weight_decay=decay)
+    training = Training(net, optimizer, recipe, seed=draw_seed, device=device, micro_batch_size=micro_batch_size)
+    if resume is not None:
+        training.resume(resume)
+    result = training.fit(
+        place(images, device, lambda part: resize_and_crop(part, protocol.image_size)),
+        labels.to(device),
+        place(test_images, device, lambda part: resize_and_crop(part, protocol.image_size)),
+        test_labels.to(device),
+        num_classes=num_classes,
+        after_epoch=after_epoch,
+        protocol=describe(protocol),
     )
     return result, net
 
 
+def make_recipe(protocol: Protocol) -> Recipe:
+    """What the loop does at each step of a resolved protocol."""
+    epochs, batch_size, lr = protocol.epochs, protocol.batch_size, protocol.lr
+    probability = protocol.cutmix_probability
+    assert epochs is not None and batch_size is not None and lr is not None and probability is not None
+    interval = max(epochs // protocol.evaluations, 1)
+    drops = _drops(protocol)
+
+    def rate(epoch: int) -> float:
+        result = lr
+        for drop in drops:
+            result *= 0.2 if epoch >= drop else 1.0
+        return result
+
+    def prepare(images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Loss]:
+        """An augmented batch, and the cross-entropy against both labels of its CutMix by their share of pixels."""
+        pixels = augment(
+            images,
+            crop_scale=protocol.crop_scale,
+            flip=protocol.flip,
+            color_jitter=protocol.color_jitter,
+            lighting=protocol.lighting,
+            generator=generator,
+        )
+        mixed, (kept, pasted, share) = cutmix(pixels, labels, probability=probability, generator=generator)
+
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            own, other = F.cross_entropy(logits, kept[part]), F.cross_entropy(logits, pasted[part])
+            return share * own + (1 - share) * other
+
+        return mixed, loss
+
+    return Recipe(epochs, batch_size, rate, lambda epoch: epoch % interval == 0, prepare, protocol.dtype)
+
+
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, *, image_size: int, device: str | torch.device) -> float:
     """Percent of `images` uint8 (n, 3, h, w) whose largest logit is at their label, under the test transform."""
-    correct = _correct(net.to(device), _place(images, image_size, device), labels.to(device), "float32")
-    return 100 * correct.double().mean().item()
+    placed = place(images, device, lambda part: resize_and_crop(part, image_size))
+    return 100 * correctly_classified(net.to(device), placed, labels.to(device)).double().mean().item()
 
 
-def _epochs(
-    net: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, generator: Generator
-) -> Iterator[Tensor]:
-    """Train `net` in place and yield each epoch's mean loss, left on the device."""
-    epochs, batch_size, lr, decay = protocol.epochs, protocol.batch_size, protocol.lr, protocol.weight_decay
-    assert epochs is not None and batch_size is not None and lr is not None and decay is not None
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=protocol.momentum, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2 * epochs // 3, 5 * epochs // 6], gamma=0.2)
-    for _ in range(epochs):
-        net.train()
-        total = torch.zeros((), device=images.device)
-        for batch in torch.randperm(len(images), generator=generator).to(images.device).split(batch_size):
-            loss = _loss(net, images[batch], labels[batch], protocol, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(batch)
-        schedule.step()
-        yield total / len(images)
-
-
-def _loss(net: nn.Module, images: Tensor, labels: Tensor, protocol: Protocol, generator: Generator) -> Tensor:
-    """Cross-entropy of an augmented batch against both labels of its CutMix, in the proportion of their pixels."""
-    pixels = augment(
-        images,
-        crop_scale=protocol.crop_scale,
-        flip=protocol.flip,
-        color_jitter=protocol.color_jitter,
-        lighting=protocol.lighting,
-        generator=generator,
-    )
-    mixed, (kept, pasted, share) = cutmix(pixels, labels, probability=protocol.cutmix_probability, generator=generator)
-    logits = _logits(net, mixed, protocol.dtype)
-    return share * F.cross_entropy(logits, kept) + (1 - share) * F.cross_entropy(logits, pasted)
-
-
-def _logits(net: nn.Module, pixels: Tensor, dtype: str) -> Tensor:
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return net(pixels).float()
-
-
-@torch.inference_mode()
-def _correct(net: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> Tensor:
-    """Whether the largest logit is the label's: bool (n,)."""
-    net.eval()
-    parts = images.split(EVALUATION_BATCH)
-    predicted = [_logits(net, normalize(part.float() / 255), dtype).argmax(1) for part in parts]
-    return torch.cat(predicted) == labels
-
-
-def _per_class(correct: Tensor, labels: Tensor, num_classes: int) -> list[float | None]:
-    count = torch.bincount(labels, minlength=num_classes).tolist()
-    right = torch.bincount(labels[correct], minlength=num_classes).tolist()
-    return [100 * r / n if n else None for r, n in zip(right, count, strict=True)]
-
-
-def _place(images: Tensor, size: int, device: str | torch.device) -> Tensor:
-    """The set on the device at the protocol's size, resized a part at a time."""
-    return torch.cat([resize_and_crop(part.to(device), size) for part in images.split(EVALUATION_BATCH)])
-
-
-def _check(images: Tensor, labels: Tensor, num_classes: int, what: str) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(
-            f"the {what} images must be uint8 of shape (n, 3, h, w) with n > 0, "
-            f"not {images.dtype} of shape {tuple(images.shape)}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"the {what} labels must be int64 of shape ({len(images)},), one for each image, "
-            f"not {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"the {what} labels run from {labels.min()} to {labels.max()}: "
-            f"{num_classes} classes need 0 to {num_classes - 1}"
-        )
+def _drops(protocol: Protocol) -> tuple[int, int]:
+    epochs = protocol.epochs
+    assert epochs is not None
+    return 2 * epochs // 3, 5 * epochs // 6

@@ -1,28 +1,37 @@
 """evaluate and baselines: train classifiers on distilled or on chosen real images, test them on real ones."""
 
 import hashlib
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load, save
 
-from vlcp_dist.config import REAL_METHODS, Config, content
-from vlcp_dist.data import storage
-from vlcp_dist.data.index import Row
-from vlcp_dist.data.manifest import Failure, Outcome, Unit
-from vlcp_dist.models import classifiers
-from vlcp_dist.models.hard_label import Protocol, accuracy, published_epochs, train
+from vlcp_dist.config import ONLY_HARD, ONLY_SOFT, REAL_METHODS, Config, Evaluate, content
+from vlcp_dist.data.index import Index, Row
+from vlcp_dist.data.manifest import Outcome, Unit
+from vlcp_dist.models import classifiers, hard_label, soft_label, standard
+from vlcp_dist.models.training import Result
 from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
+from vlcp_dist.stages import teachers
 from vlcp_dist.stages.base import Run, Stage, class_shards, device
-from vlcp_dist.stages.synthesize import image_path
+from vlcp_dist.stages.checkpoints import Checkpoints
+from vlcp_dist.stages.image_sets import check_split, distilled_images, real_images, split_images
 
-READ_AT_ONCE = 256  # images
 FULL = 0  # the IPC that stands for all the real training images
+
+
+def check(cfg: Config, index: Index) -> None:
+    """Refuse, before anything is spent, what no classifier could be trained or tested on.
+
+    Raises:
+        InputError: the classes of the test split or of a teacher are not those of the training images.
+    """
+    check_split(cfg.evaluate.split, index)
+    teachers.check(cfg, index)
 
 
 def distilled_units(run: Run) -> list[Unit]:
@@ -51,7 +60,7 @@ def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
     epochs = _epochs(run, ipc)
     return [
         Unit(
-            _name(method, ipc, net, epochs, seed),
+            _name(run.cfg, method, ipc, net, epochs=epochs, seed=seed),
             size=images,
             payload={"method": method, "ipc": ipc, "net": net, "epochs": epochs, "seed": seed},
         )
@@ -61,17 +70,20 @@ def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
 
 
 def _epochs(run: Run, ipc: int) -> int:
-    epochs = run.cfg.evaluate.epochs
-    if isinstance(epochs, dict):
-        return epochs[ipc]
-    if epochs is not None:
-        return epochs
+    cfg = run.cfg.evaluate
+    if isinstance(cfg.epochs, dict):
+        return cfg.epochs[ipc]
+    if cfg.epochs is not None:
+        return cfg.epochs
+    if cfg.protocol == "soft":
+        return soft_label.EPOCHS
     largest = max(run.index.class_sizes.values())
-    return published_epochs(largest if ipc == FULL else ipc, len(run.index.classes))
+    return hard_label.published_epochs(largest if ipc == FULL else ipc, len(run.index.classes))
 
 
-def _name(method: str, ipc: int, net: str, epochs: int, seed: int) -> str:
-    return f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{net}/epochs={epochs}/seed={seed}"
+def _name(cfg: Config, method: str, ipc: int, net: str, *, epochs: int, seed: int) -> str:
+    taught = f"{net}/teacher={teachers.identity(cfg, net)}" if cfg.evaluate.protocol == "soft" else net
+    return f"{method}/{'full' if ipc == FULL else f'ipc={ipc}'}/{taught}/epochs={epochs}/seed={seed}"
 
 
 class Worker:
@@ -80,106 +92,111 @@ class Worker:
     def __init__(self, run: Run):
         self._run = run
         self._kept: tuple[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._teacher: tuple[str, tuple[torch.nn.Module, dict[str, Any]]] | None = None
         cfg = run.cfg.evaluate
-        rows = list(run.index.split(cfg.split))
-        if not rows:
-            raise ValueError(f"the {cfg.split} split holds no image; see data.validation and data.test")
-        self._test, self._test_labels, self._failed = self._load(rows)
+        size = soft_label.test_size(cfg.image_size) if cfg.protocol == "soft" else cfg.image_size
+        self._test, self._test_labels, self._failed = split_images(run, size)
 
     def read(self, unit: Unit) -> None:
         """Its images may be gigabytes: they are held once, not also for the unit to come."""
 
     def process(self, unit: Unit, _: None) -> Outcome:
-        """`<method>/ipc=<ipc>/<net>/epochs=<epochs>/seed=<seed>.json`: protocol, best and last top-1, curve.
+        """`<method>/ipc=<ipc>/<net>/epochs=<epochs>/seed=<seed>.json`: whole protocol, best and last top-1, curve.
 
         The net trained on all real images is kept beside its record: it says how many distilled ones it recognises.
+
+        Raises:
+            Stopped: it was asked to stop; a checkpoint holds everything up to this epoch.
         """
-        method, ipc, net, epochs, seed = (unit.payload[k] for k in ("method", "ipc", "net", "epochs", "seed"))
+        run, cfg = self._run, self._run.cfg.evaluate
+        method, ipc, net, seed = (unit.payload[k] for k in ("method", "ipc", "net", "seed"))
         if method in REAL_METHODS:
-            images, labels, failed = self._load(self._choose(method, ipc, seed))
+            images, labels, failed = real_images(run, self._choose(method, ipc, seed), cfg.image_size)
         else:
             images, labels, failed = *self._distilled(method, ipc), []
-        classes = self._run.index.classes
-        result, trained = train(
-            images,
-            labels,
-            self._test,
-            self._test_labels,
-            num_classes=len(classes),
-            ipc=ipc or len(images) // len(classes),
-            protocol=self._protocol(net, epochs),
-            seed=seed,
-            device=device(),
-        )
+        stage = "baselines" if method in REAL_METHODS else "evaluate"
+        checkpoints = Checkpoints(run.folders[stage], unit, every=cfg.checkpoint_every)
+        result, trained = self._train(unit, images, labels, checkpoints)
         record = {
             "method": method,
             "ipc": "full" if ipc == FULL else ipc,
             "net": net,
             "seed": seed,
-            "split": self._run.cfg.evaluate.split,
-            "classes": [info.id for info in classes],
+            "split": cfg.split,
+            "classes": list(run.index.labels),
+            "image_size": images.shape[-1],
             "test_images": len(self._test),
             **asdict(result),
         }
+        if cfg.protocol == "soft":
+            record["teacher"] = self._taught(net)[1]
         seconds = record.pop("seconds")
         files: dict[str, bytes | Path] = {}
         if method == "full":
             files[f"{unit.name}.safetensors"] = save(trained.cpu().state_dict())
-        elif method not in REAL_METHODS and "full" in self._run.cfg.evaluate.baselines:
-            record["recognised"] = accuracy(
-                self._trained_on_all(net, seed),
-                images,
-                labels,
-                image_size=self._run.cfg.evaluate.image_size,
-                device=device(),
-            )
+        elif method not in REAL_METHODS and "full" in cfg.baselines:
+            accuracy = soft_label.accuracy if cfg.protocol == "soft" else hard_label.accuracy
+            all_knowing = self._trained_on_all(net, seed)
+            record["recognised"] = accuracy(all_knowing, images, labels, image_size=cfg.image_size, device=device())
         files[f"{unit.name}.json"] = (json.dumps(record, indent=1) + "\n").encode()
         failed += self._failed
-        return Outcome(files, len(images) + len(failed), failed, {"seconds": seconds})
+        return Outcome(files, len(images) + len(failed), failed, {"seconds": seconds}, obsolete=[checkpoints.name])
+
+    def _train(
+        self, unit: Unit, images: torch.Tensor, labels: torch.Tensor, checkpoints: Checkpoints
+    ) -> tuple[Result, torch.nn.Module]:
+        cfg, class_ids = self._run.cfg.evaluate, list(self._run.index.labels)
+        common: dict[str, Any] = {
+            "ipc": unit.payload["ipc"] or len(images) // len(class_ids),
+            "seed": unit.payload["seed"],
+            "device": device(),
+            "resume": checkpoints.load(),
+            "after_epoch": checkpoints,
+        }
+        data = images, labels, self._test, self._test_labels
+        if cfg.protocol == "soft":
+            teacher, _ = self._taught(unit.payload["net"])
+            protocol = _soft(cfg, unit.payload)
+            return soft_label.train(*data, teacher=teacher, class_ids=class_ids, protocol=protocol, **common)
+        return hard_label.train(
+            *data,
+            num_classes=len(class_ids),
+            protocol=_hard(cfg, unit.payload),
+            micro_batch_size=cfg.micro_batch_size,
+            **common,
+        )
+
+    def _taught(self, net: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """The net's teacher, and what a record says of it, its own accuracy included; kept, as methods share it."""
+        if self._teacher is None or self._teacher[0] != net:
+            self._teacher = None
+            teacher, facts = teachers.load(self._run, net)
+            size = self._run.cfg.evaluate.image_size
+            facts["top1"] = soft_label.accuracy(
+                teacher, self._test, self._test_labels, image_size=size, device=device()
+            )
+            self._teacher = net, (teacher, facts)
+        return self._teacher[1]
 
     def _trained_on_all(self, net: str, seed: int) -> torch.nn.Module:
-        cfg = self._run.cfg.evaluate
-        model = classifiers.build(
-            net, num_classes=len(self._run.index.classes), image_size=cfg.image_size, width=cfg.width, seed=seed
+        cfg, class_ids = self._run.cfg.evaluate, list(self._run.index.labels)
+        model = (
+            standard.build(net, class_ids=class_ids, seed=seed)
+            if cfg.protocol == "soft"
+            else classifiers.build(
+                net, num_classes=len(class_ids), image_size=cfg.image_size, width=cfg.width, seed=seed
+            )
         )
-        name = _name("full", FULL, net, _epochs(self._run, FULL), seed)
+        name = _name(self._run.cfg, "full", FULL, net, epochs=_epochs(self._run, FULL), seed=seed)
         weights = self._run.folders["baselines"].path / f"{name}.safetensors"
         model.load_state_dict(load(weights.read_bytes()))
         return model
 
-    def _protocol(self, net: str, epochs: int) -> Protocol:
-        cfg = self._run.cfg.evaluate
-        return Protocol(
-            net=net,
-            image_size=cfg.image_size,
-            width=cfg.width,
-            epochs=epochs,
-            batch_size=cfg.batch_size,
-            lr=cfg.lr,
-            weight_decay=cfg.weight_decay,
-            cutmix_probability=cfg.cutmix_probability,
-            flip=cfg.flip,
-            crop_scale=(cfg.crop_scale, 1.0),
-            color_jitter=cfg.color_jitter,
-            lighting=cfg.lighting,
-            evaluations=cfg.evaluations,
-        )
-
     def _distilled(self, method: str, ipc: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distilled images uint8 (n, 3, size, size) and their labels; kept, as nets and seeds share them."""
-        if self._kept and self._kept[0] == (method, ipc):
-            return self._kept[1]
-        self._kept = None
-        folder, size = self._run.folders["synthesize"].path, self._run.cfg.synthesize.image_size
-        names = [(class_id, c) for class_id in self._run.index.class_sizes for c in range(ipc)]
-        pixels = _room_for(len(names), size)
-        for start in range(0, len(names), READ_AT_ONCE):
-            part = names[start : start + READ_AT_ONCE]
-            encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in part])
-            for i, data in enumerate(encoded, start):
-                pixels[i] = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
-        labels = torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
-        self._kept = (method, ipc), (torch.from_numpy(pixels), labels)
+        """Kept, as nets and seeds share them."""
+        if self._kept is None or self._kept[0] != (method, ipc):
+            self._kept = None
+            self._kept = (method, ipc), distilled_images(self._run, method, ipc)
         return self._kept[1]
 
     def _choose(self, method: str, ipc: int, seed: int) -> list[Row]:
@@ -200,62 +217,62 @@ class Worker:
             chosen += [usable[i] for i in picks.tolist()]
         return chosen
 
-    def _load(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, list[Failure]]:
-        """Real images uint8 (n, 3, size, size), their labels, and the images that could not be read."""
-        size = self._run.cfg.evaluate.image_size
-        pixels = _room_for(len(rows), size)
-        labels: list[int] = []
-        failed: list[Failure] = []
-        for start in range(0, len(rows), READ_AT_ONCE):
-            good, arrays, bad = self._run.arrays(
-                self._run.read(rows[start : start + READ_AT_ONCE]), size, crop="center"
-            )
-            failed += bad
-            for row, array in zip(good, arrays, strict=True):
-                pixels[len(labels)] = array
-                labels.append(self._run.index.labels[row.class_id])
-        return torch.from_numpy(pixels[: len(labels)]), torch.tensor(labels), failed
+
+def _hard(cfg: Evaluate, training: dict[str, Any]) -> hard_label.Protocol:
+    return hard_label.Protocol(
+        net=training["net"],
+        image_size=cfg.image_size,
+        width=cfg.width,
+        epochs=training["epochs"],
+        batch_size=cfg.batch_size,
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        cutmix_probability=cfg.cutmix_probability,
+        flip=cfg.flip,
+        crop_scale=(cfg.crop_scale, 1.0),
+        color_jitter=cfg.color_jitter,
+        lighting=cfg.lighting,
+        evaluations=cfg.evaluations,
+        dtype=cfg.dtype,
+    )
 
 
-def _room_for(images: int, size: int) -> np.ndarray:
-    """An array for so many images of `size` px.
-
-    Raises:
-        ValueError: this machine has no memory for it.
-    """
-    needed, present = images * 3 * size * size, _available_memory()
-    if needed > 0.8 * present:
-        raise ValueError(
-            f"{images} images of {size} px take {needed / 2**30:.1f} GiB of memory, "
-            f"{present / 2**30:.1f} GiB are available; use a smaller evaluate.image_size, fewer workers, "
-            f"or leave `full` out of evaluate.baselines"
-        )
-    return np.empty((images, 3, size, size), np.uint8)
-
-
-def _available_memory() -> int:
-    """Bytes that can be had without swapping, page cache included."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+def _soft(cfg: Evaluate, training: dict[str, Any]) -> soft_label.Protocol:
+    return soft_label.Protocol(
+        net=training["net"],
+        image_size=cfg.image_size,
+        epochs=training["epochs"],
+        batch_size=cfg.batch_size,
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        temperature=cfg.temperature,
+        factor=cfg.factor,
+        flip=cfg.flip,
+        dtype=cfg.dtype,
+    )
 
 
 def _work(unit: Unit) -> float:
     return float(unit.size * unit.payload["epochs"])
 
 
+def _settings(cfg: Config) -> object:
+    """The settings of the protocol that is used. Those of its teachers are their stage's, which is upstream."""
+    others = {*ONLY_HARD, "teacher"} if cfg.evaluate.protocol == "soft" else {*ONLY_SOFT}
+    return {name: value for name, value in (content(cfg.evaluate) or {}).items() if name not in others}
+
+
 def _evaluate_content(cfg: Config) -> object:
     """`recognised` in the records depends on whether there is a net trained on all images, and for how long."""
     epochs = cfg.evaluate.epochs
     full = "full" in cfg.evaluate.baselines
-    return [content(cfg.evaluate), full, (epochs[FULL] if isinstance(epochs, dict) else epochs) if full else None]
+    return [_settings(cfg), full, (epochs[FULL] if isinstance(epochs, dict) else epochs) if full else None]
 
 
 BASELINES = Stage(
     "baselines",
-    upstream=("index", "encode"),
-    content=lambda cfg: content(cfg.evaluate),
+    upstream=("index", "encode", "teachers"),
+    content=_settings,
     units=baseline_units,
     worker=Worker,
     work=_work,
@@ -263,7 +280,7 @@ BASELINES = Stage(
 )
 EVALUATE = Stage(
     "evaluate",
-    upstream=("index", "synthesize", "baselines"),
+    upstream=("index", "synthesize", "teachers", "baselines"),
     content=_evaluate_content,
     units=distilled_units,
     worker=Worker,
