@@ -4,7 +4,6 @@ import copy
 import difflib
 import hashlib
 import json
-import pkgutil
 import types
 import typing
 from pathlib import Path
@@ -137,14 +136,18 @@ class Synthesize(Section):
     strength: float = Field(0.7, gt=0, le=1)
     guidance_scale: float = Field(10.0, ge=1)
     num_inference_steps: int = Field(50, ge=1)
-    scheduler: Literal["pndm", "ddim"] = "pndm"
-    negative_prompt: str = "cartoon, anime, painting"
-    sentence_writer: str = Field(
-        "vlcp_dist.ops.text:template_sentence",
-        description="for GGS: module:function that makes a prompt of (class name, keywords)",
+    scheduler: Literal["pndm", "ddim", "dpmsolver++"] = Field(
+        "pndm", description="ddim, or dpmsolver++ with about 20 steps, are the faster ones"
     )
+    negative_prompt: str = "cartoon, anime, painting"
+    images_per_prototype: int = Field(1, ge=1, description="images of one prototype that differ by their noise")
+    sentence_model: str | None = Field(
+        None, description="for GGS: a text model of transformers, a folder or a hub id; without one, a fixed pattern"
+    )
+    sentence_model_revision: str | None = None
     image_size: int = Field(256, ge=8)
     batch_size: int = _knob(32, ge=1)
+    compile: bool = _knob(False, description="torch.compile the U-Net: minutes at the start of every worker")
     prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
 
 
@@ -282,13 +285,6 @@ class Config(Section):
                 f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
                 f"finetune.workers {self.finetune.workers}"
             )
-        try:
-            pkgutil.resolve_name(self.synthesize.sentence_writer)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"synthesize.sentence_writer = {self.synthesize.sentence_writer!r} cannot be imported ({error}); "
-                f"name a function as module:function"
-            ) from error
         return self
 
 

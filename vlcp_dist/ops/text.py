@@ -7,7 +7,7 @@ import functools
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
@@ -15,7 +15,6 @@ from typing import Literal
 
 Matching = Literal["word", "substring"]
 PromptStrategy = Literal["L", "L+FK", "GGS", "DCS"]
-SentenceWriter = Callable[[str, Sequence[str]], str]
 
 _WORD = re.compile(r"[^\W\d_]+")  # runs of Unicode letters
 _CLUTTER = re.compile(r"[\"“”„]|['’]s\b")
@@ -143,30 +142,27 @@ def prompt_for(
     class_name: str,
     description: str | None,
     keywords: Sequence[str],
-    sentence_writer: SentenceWriter | None = None,
 ) -> str:
     """The prompt of one prototype under a strategy of Table 5.
 
-    "L": the class name; "L+FK": the class name and the keywords, comma-joined; "GGS": what `sentence_writer` makes of
-    (class_name, keywords); "DCS", the method's: the description, or the class name where a cluster has none.
+    "L": the class name; "L+FK": the class name and the keywords, comma-joined; "GGS": a sentence of the class name
+    and keywords (`template_sentence`; a language model writes another); "DCS", the method's: the description, or the class name where a cluster has none.
 
-    Raises ValueError for another strategy, and for "GGS" without a sentence writer.
+    Raises ValueError for another strategy.
     """
     if strategy == "L":
         return class_name
     if strategy == "L+FK":
         return ", ".join([class_name, *keywords])
     if strategy == "GGS":
-        if sentence_writer is None:
-            raise ValueError('prompt strategy "GGS" needs a sentence_writer, for example template_sentence')
-        return sentence_writer(class_name, keywords)
+        return template_sentence(class_name, keywords)
     if strategy == "DCS":
         return class_name if description is None else description
     raise ValueError(f'unknown prompt strategy {strategy!r}: choose "L", "L+FK", "GGS" or "DCS"')
 
 
 def template_sentence(class_name: str, keywords: Sequence[str]) -> str:
-    """A sentence writer for "GGS" without a language model: one plain sentence with the first ten keywords."""
+    """One plain sentence with the first ten keywords: "GGS" without a language model."""
     words = list(keywords[:_SENTENCE_KEYWORDS])
     if not words:
         return f"The image shows the {class_name}."

@@ -171,14 +171,15 @@ class Worker:
             return self._kept[1]
         self._kept = None
         folder, size = self._run.folders["synthesize"].path, self._run.cfg.synthesize.image_size
-        names = [(class_id, c) for class_id in self._run.index.class_sizes for c in range(ipc)]
+        repeats = range(self._run.cfg.synthesize.images_per_prototype)
+        names = [(class_id, c, r) for class_id in self._run.index.class_sizes for c in range(ipc) for r in repeats]
         pixels = _room_for(len(names), size)
         for start in range(0, len(names), READ_AT_ONCE):
             part = names[start : start + READ_AT_ONCE]
-            encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in part])
+            encoded = storage.fetch([folder / image_path(method, ipc, *name) for name in part])
             for i, data in enumerate(encoded, start):
                 pixels[i] = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
-        labels = torch.tensor([self._run.index.labels[class_id] for class_id, _ in names])
+        labels = torch.tensor([self._run.index.labels[class_id] for class_id, *_ in names])
         self._kept = (method, ipc), (torch.from_numpy(pixels), labels)
         return self._kept[1]
 
