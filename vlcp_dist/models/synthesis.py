@@ -1,4 +1,4 @@
-"""Prototypes and prompts to images: long prompts in windows, a batch at a time, each image a function of itself (Eq. 6)."""
+"""Prototypes and prompts to images (Eq. 6): long prompts in windows, a batch at a time, each image for itself."""
 
 from __future__ import annotations
 

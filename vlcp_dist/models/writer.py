@@ -36,7 +36,8 @@ class SentenceWriter:
                 f"cannot load the language model synthesize.sentence_model={model}: {error}\n"
                 f"Fetch its weights with:\n    hf download {model}{at}"
             ) from None
-        self._model.to(device).eval()
+        self._model.to(device)
+        self._model.eval()
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

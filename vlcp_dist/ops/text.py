@@ -146,7 +146,8 @@ def prompt_for(
     """The prompt of one prototype under a strategy of Table 5.
 
     "L": the class name; "L+FK": the class name and the keywords, comma-joined; "GGS": a sentence of the class name
-    and keywords (`template_sentence`; a language model writes another); "DCS", the method's: the description, or the class name where a cluster has none.
+    and the keywords (`template_sentence`; a language model writes another); "DCS", the method's: the description, or
+    the class name where a cluster has none.
 
     Raises ValueError for another strategy.
     """

@@ -48,11 +48,12 @@ configs:
   - split: train
     path: webdataset/*.tar
 ---
-# {images:,} images in place of {sum(index.class_sizes.values()):,}: {len(classes)} classes, {per_class} images per class
+# {images:,} images in place of {sum(index.class_sizes.values()):,}: {len(classes)} classes, {per_class} images of each
 
-Distilled with the method of "Dataset Distillation via Vision-Language Category Prototype". Every image was made by a diffusion
-model from the centre of a cluster of image latents and from a text: {TEXTS[strategy]} (strategy {strategy}). The images are
-synthetic; the licence and the terms of the data set that they were distilled from apply to what is done with them.
+Distilled with the method of "Dataset Distillation via Vision-Language Category Prototype". Every image was made by a
+diffusion model from the centre of a cluster of image latents and from a text: {TEXTS[strategy]}
+(strategy {strategy}). The images are synthetic; the licence and the terms of the data set that they were distilled from
+apply to what is done with them.
 
 ```python
 load_dataset("imagefolder", data_dir="train", drop_labels=False)              # beside this file
