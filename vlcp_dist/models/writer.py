@@ -27,7 +27,7 @@ class SentenceWriter:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
         except OSError as error:
@@ -36,8 +36,7 @@ class SentenceWriter:
                 f"cannot load the language model synthesize.sentence_model={model}: {error}\n"
                 f"Fetch its weights with:\n    hf download {model}{at}"
             ) from None
-        self._model.to(device)
-        self._model.eval()
+        self._model = loaded.to(device).eval()
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
