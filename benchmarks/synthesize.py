@@ -68,7 +68,7 @@ def measure(device: str = "cpu", size: str = "real") -> list[Row]:
             "unit": "images/s",
             "note": (
                 f"{PIXELS[size]} px, {int(steps * STRENGTH)} of {steps} steps, guidance, {str(dtype)[6:]}, "
-                f"{torch.get_num_threads()} threads; {100 * rate / ceiling:.0f}% of the multiplications that the machine can do"
+                f"{torch.get_num_threads()} threads; {100 * rate / ceiling:.0f}% of the machine's matmul rate"
             ),
         }
     ]

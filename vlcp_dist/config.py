@@ -234,6 +234,12 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()
     max_failed_samples: int = Field(0, ge=0, json_schema_extra={"fingerprint": False})
+    sweep: dict[str, Annotated[list[Any], Field(min_length=2)]] | None = Field(
+        None, min_length=1, max_length=1, description="one setting and its values: {prototypes.beta: [0.3, 0.5, 0.7]}"
+    )
+    published: dict[Net, dict[int, float]] = Field(
+        {}, description="top-1 in % that was published, by net and IPC; the report sets it beside what was measured"
+    )
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -309,9 +315,36 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply(tree, override)
     try:
-        return Config.model_validate(_absolute(tree))
+        cfg = Config.model_validate(_absolute(tree))
+        variants(cfg)
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error
+    return cfg
+
+
+def variants(cfg: Config) -> dict[str, Config]:
+    """The configurations of a sweep, named as in `prototypes.beta=0.7`; without a sweep the configuration alone.
+
+    They share the root, so what does not depend on the setting is done once.
+
+    Raises:
+        ConfigError: two values are the same, or the setting is one that a run does not have.
+        ValidationError: a value is not valid.
+    """
+    if cfg.sweep is None:
+        return {"": cfg}
+    [(name, values)] = cfg.sweep.items()
+    if name.partition(".")[0] in ("root", "sweep", "published", "engine"):
+        raise ConfigError(f"sweep: {name} changes no result; name a setting such as prototypes.beta")
+    result = {}
+    for value in values:
+        tree = cfg.model_dump() | {"sweep": None}
+        written = json.dumps(value)
+        _apply(tree, f"{name}={written}")
+        result[f"{name}={written}"] = Config.model_validate(tree)
+    if len(result) < len(values):
+        raise ConfigError(f"sweep: {name} holds a value twice: {values}")
+    return result
 
 
 def fingerprint(part: Any) -> str:
