@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: bytes copied and multiplications done in a second. Ceilings are made of it."""
+"""What this machine can do at best, measured: bytes copied and multiplications done in a second."""
 
 import statistics
 import time

@@ -1,40 +1,52 @@
-"""Images and class names to descriptions: LLaVA, or measurements where no weights are at hand."""
+"""Images and class names to descriptions: an image-text-to-text model of transformers, or measurements without one."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vlcp_dist.models import memory, weights
 from vlcp_dist.ops.describe import describe_image
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, LlavaForConditionalGeneration, ProcessorMixin
+    from transformers import ProcessorMixin
+
+    from vlcp_dist.models.decoding import Answer, Inputs, Request
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Attention = Literal["sdpa", "flash_attention_2"]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """`tokens` counts what was generated, end token excluded; a measured description counts words."""
+    """`tokens` counts what was generated, end token excluded; a measured description counts words.
+
+    `seconds` go from the start of its generation to its end, beside others of the batch.
+    """
 
     text: str
     tokens: int
     finish_reason: Literal["end", "length"]
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Captioner(Protocol):
-    def describe(self, images: list[Image.Image], class_names: list[str]) -> list[Caption]:
-        """One caption per image, in order; `class_names` holds each image's class name."""
+    def prepare(self, image: Image.Image, class_name: str) -> Any:
+        """All of an image's description that needs no GPU. May run in any thread, in any order."""
+        ...
+
+    def describe(self, prepared: Iterable[Any]) -> list[Caption]:
+        """One caption for each prepared image, in their order. They are taken from the iterable as there is room."""
         ...
 
 
@@ -47,6 +59,7 @@ def load_captioner(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    attention: Attention,
     device: str,
     dtype: str,
     seed: int,
@@ -54,15 +67,16 @@ def load_captioner(
     """Load the captioner "llava" or "measured"; the latter needs no model and uses none of the other arguments.
 
     Args:
-        model: folder or hub id of a LLaVA in transformers' layout.
+        model: folder or hub id of an image-text-to-text model in transformers' layout, LLaVA or another.
         prompt: holds `{class_name}`.
         temperature: 0 is greedy. Above, a caption is a function of seed, image and prompt alone.
-        batch_size: images generated together at most; halved for good when CUDA's memory runs out.
+        batch_size: images generated together at most; fewer where CUDA's memory does not hold them.
+        attention: "sdpa", or "flash_attention_2" where the package flash-attn is installed.
         dtype: "float32", "float16" or "bfloat16".
 
     Raises:
         FileNotFoundError: weights are missing; the message holds the command that fetches them.
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or a GPU that is too small.
     """
     if captioner == "measured":
         return MeasuredCaptioner()
@@ -79,86 +93,138 @@ def load_captioner(
             "batch_size and max_new_tokens must be at least 1 and temperature at least 0, "
             f"not {batch_size}, {max_new_tokens} and {temperature}"
         )
-    with _missing_weights(model, revision):
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    files = weights.find_weights(model, revision, default=LLAVA)
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-        # First, and alone: offline, the processor would try again and again for each of its many optional files.
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
+    source: Any = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(model, **source)
+        kind = PROCESSOR_MAPPING.get(type(config), None)
+        processor = (without_videos(kind) if kind else AutoProcessor).from_pretrained(model, **source)
+        prompter = Prompter(processor, prompt, DTYPES[dtype], device == "cuda")
+        if device == "cuda":
+            parameters = sum(sum(weights.elements(path).values()) for path in files)
+            batch_size = fitting_batch(
+                need(config, parameters, prompter.length + max_new_tokens, dtype, batch_size),
+                torch.cuda.mem_get_info()[0],
+                torch.cuda.get_device_name(),
+            )
         network = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
-            revision=revision,
             dtype=DTYPES[dtype],
             device_map=device,
+            attn_implementation=attention,
             use_safetensors=True,
-            trust_remote_code=False,
+            **source,
         )
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return LlavaCaptioner(network.eval(), processor, prompt, max_new_tokens, temperature, batch_size, seed)
+    except ImportError as error:
+        raise ValueError(f"caption.attention={attention} does not work here: {error}; sdpa does") from error
+    except OSError as error:
+        command = weights.download_command(model, revision, LLAVA)
+        raise FileNotFoundError(f"cannot load {model}: {error}\nFetch its weights with:\n    {command}") from None
+    return VisionLanguageCaptioner(network.eval(), prompter, max_new_tokens, temperature, batch_size, seed)
+
+
+def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A processor's class without its part for videos, which needs torchvision (Qwen-VL, InternVL, ... have one)."""
+    parts = [part for part in kind.get_attributes() if "video" not in part]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts)})
+
+
+def need(config: Any, parameters: int, tokens: int, dtype: str, batch_size: int) -> memory.Need:
+    """What a model of this configuration of transformers needs for sequences of `tokens`."""
+    from vlcp_dist.models.decoding import PREFILL
+
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    return memory.Need(
+        parameters=parameters,
+        layers=text.num_hidden_layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        tokens=tokens,
+        prefill=PREFILL,
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+
+
+def fitting_batch(needed: memory.Need, available: int, gpu: str) -> int:
+    """The batch asked for, or, said aloud, the largest that fits into `available` bytes.
+
+    Raises:
+        ValueError: not even one sequence fits; the message has the numbers and what would fit.
+    """
+    batch = memory.largest_batch(needed, available)
+    if not batch:
+        raise ValueError(memory.too_small(needed, available, gpu))
+    if batch < needed.batch_size:
+        print(f"caption: {gpu} holds a batch of {batch}, not {needed.batch_size}: going on with that", file=sys.stderr)
+    return batch
 
 
 class MeasuredCaptioner:
     """Descriptions made of measured facts (`ops.describe`)."""
 
-    def describe(self, images: list[Image.Image], class_names: list[str]) -> list[Caption]:
-        texts = (
-            describe_image(np.asarray(image.convert("RGB")), name)
-            for image, name in zip(images, class_names, strict=True)
-        )
-        return [Caption(text, len(text.split()), "end") for text in texts]
+    def prepare(self, image: Image.Image, class_name: str) -> Caption:
+        began = time.perf_counter()
+        text = describe_image(np.asarray(image.convert("RGB")), class_name)
+        return Caption(text, len(text.split()), "end", time.perf_counter() - began)
+
+    def describe(self, prepared: Iterable[Caption]) -> list[Caption]:
+        return list(prepared)
 
 
-@dataclass
-class LlavaCaptioner:
-    """A loaded LLaVA. A caption does not depend on its neighbours in the batch, beyond float rounding."""
+class Prompter:
+    """A model's own processor and chat template. What the text comes to is kept for each class and size of image.
 
-    model: LlavaForConditionalGeneration
-    processor: ProcessorMixin
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
-    seed: int
+    `length` is the number of tokens of a prompt, image tokens included, for an image of ImageNet's usual size.
+    """
 
-    def describe(self, images: list[Image.Image], class_names: list[str]) -> list[Caption]:
-        """Captions in the images' order.
+    def __init__(self, processor: ProcessorMixin, prompt: str, dtype: torch.dtype, pin: bool):
+        processor.tokenizer.padding_side = "left"
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        self.processor = processor
+        self.prompt = prompt
+        self._dtype = dtype
+        self._pin = pin
+        self._texts: dict[tuple[Any, ...], Inputs] = {}
+        self._lock = threading.Lock()  # the tokenizer is not for several threads
+        usual = Image.new("RGB", (500, 375))
+        whole, pixels = self._whole(usual, "dog"), self._pixels(usual)
+        # Whether the image's part of the inputs can be made without the text's.
+        self._apart = all(name in whole and torch.equal(whole[name], pixels[name]) for name in pixels)
+        self.length = whole["input_ids"].shape[1]
 
-        Raises:
-            ValueError: not one class name per image.
-            torch.OutOfMemoryError: even one image does not fit.
-        """
-        samples = list(zip(images, class_names, strict=True))
-        captions: list[Caption] = []
-        while len(captions) < len(samples):
-            batch = samples[len(captions) : len(captions) + self.batch_size]
-            try:
-                done = self._describe_batch(batch)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                done = []
-            # Outside the handler: there the exception still holds the batch's tensors.
-            if not done:
-                self.batch_size = len(batch) // 2
-                print(
-                    f"caption: out of CUDA memory at batch {len(batch)}, going on at {self.batch_size}",
-                    file=sys.stderr,
-                )
-                torch.cuda.empty_cache()
-            captions += done
-        return captions
+    def inputs(self, image: Image.Image, class_name: str) -> Inputs:
+        """What the processor makes of one RGB image and its prompt, floats in the model's dtype, on the CPU."""
+        if self._apart:
+            pixels = self._pixels(image)
+            key = class_name, *(_signature(name, value) for name, value in pixels.items())
+            if key not in self._texts:
+                whole = self._whole(image, class_name)
+                self._texts[key] = {name: value for name, value in whole.items() if name not in pixels}
+            made = self._texts[key] | pixels
+        else:
+            made = self._whole(image, class_name)
+        made = {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in made.items()}
+        return {name: value.pin_memory() for name, value in made.items()} if self._pin else made
 
-    def build_inputs(self, images: list[Image.Image], class_names: list[str]) -> BatchFeature:
-        """Tokens (b, length), padded on the left, their attention mask and the pixels (b, 3, h, w)."""
-        texts = [self._conversation(self.prompt.replace("{class_name}", name)) for name in class_names]
-        tokenizer = self.processor.tokenizer
-        begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-        return self.processor(
-            images=images, text=texts, padding=True, add_special_tokens=not begun, return_tensors="pt"
-        )
+    def _pixels(self, image: Image.Image) -> Inputs:
+        return dict(self.processor.image_processor(images=[image], return_tensors="pt"))
+
+    def _whole(self, image: Image.Image, class_name: str) -> Inputs:
+        text = self._conversation(self.prompt.replace("{class_name}", class_name))
+        begin = self.processor.tokenizer.bos_token
+        begun = begin is not None and text.startswith(begin)
+        with self._lock:
+            return dict(
+                self.processor(images=[image], text=[text], add_special_tokens=not begun, return_tensors="pt")
+            )
 
     def _conversation(self, prompt: str) -> str:
         if self.processor.chat_template is None:
@@ -167,76 +233,48 @@ class LlavaCaptioner:
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    @torch.inference_mode()
-    def _describe_batch(self, batch: list[tuple[Image.Image, str]]) -> list[Caption]:
-        images = [image.convert("RGB") for image, _ in batch]
-        names = [name for _, name in batch]
-        inputs = self.build_inputs(images, names).to(self.model.device, self.model.dtype)
-        processors = []
-        if self.temperature > 0:
-            prompts = [self.prompt.replace("{class_name}", name) for name in names]
-            seeds = [_caption_seed(self.seed, *pair) for pair in zip(images, prompts, strict=True)]
-            processors.append(GumbelNoise(self.temperature, seeds))
-        tokens = self.model.generate(
-            **inputs,
-            logits_processor=processors,
-            max_new_tokens=self.max_new_tokens,
-            # Sampling, too, is an argmax: the noise is in the scores.
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
+
+class VisionLanguageCaptioner:
+    """A loaded model. A caption does not depend on its neighbours in the batch, beyond float rounding."""
+
+    def __init__(
+        self, model: Any, prompter: Prompter, max_new_tokens: int, temperature: float, batch_size: int, seed: int
+    ):
+        from vlcp_dist.models.decoding import Decoder
+
+        self.prompter = prompter
+        self.decoder = Decoder(
+            model,
+            pad_token_id=prompter.processor.tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
         )
-        return [self._caption(row) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+        self._seed = seed if temperature else None
 
-    def _caption(self, new_tokens: list[int]) -> Caption:
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        length = next((i for i, token in enumerate(new_tokens) if token in ends), None)
-        text = self.processor.tokenizer.decode(new_tokens[:length], skip_special_tokens=True).strip()
-        if length is None:
-            return Caption(text, len(new_tokens), "length")
-        return Caption(text, length, "end")
+    def prepare(self, image: Image.Image, class_name: str) -> Request:
+        from vlcp_dist.models.decoding import Request
 
+        image = image.convert("RGB")
+        seed = 0 if self._seed is None else _caption_seed(self._seed, image, self.prompter.prompt, class_name)
+        return Request(self.prompter.inputs(image, class_name), seed)
 
-class GumbelNoise:
-    """Makes the argmax of the scores a sample at `temperature`, from one generator per row of the batch.
+    def describe(self, prepared: Iterable[Request]) -> list[Caption]:
+        """Raises torch.OutOfMemoryError when even one image does not fit."""
+        return [self._caption(answer) for answer in self.decoder.run(iter(prepared))]
 
-    The argmax of scores / temperature + Gumbel noise is distributed as the softmax of scores / temperature.
-    `generate`'s own sampling draws a whole batch from the global generator, so a row would depend on the others.
-    """
-
-    def __init__(self, temperature: float, seeds: list[int]):
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
-        return scores.float() / self.temperature - torch.stack(drawn).log().to(scores.device)
+    def _caption(self, answer: Answer) -> Caption:
+        text = self.prompter.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+        return Caption(text, len(answer.tokens), answer.finish_reason, answer.seconds)
 
 
-def _caption_seed(seed: int, image: Image.Image, prompt: str) -> int:
+def _signature(name: str, value: torch.Tensor) -> tuple[Any, ...]:
+    """What of an image the number of its tokens may depend on: shapes, and the few whole numbers that say its size."""
+    small = not value.is_floating_point() and value.numel() <= 16
+    return name, value.shape, tuple(value.flatten().tolist()) if small else None
+
+
+def _caption_seed(seed: int, image: Image.Image, prompt: str, class_name: str) -> int:
+    prompt = prompt.replace("{class_name}", class_name)
     digest = hashlib.sha256(f"{seed}\0{image.size}\0{prompt}\0".encode() + image.tobytes()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-@contextmanager
-def _missing_weights(model: str, revision: str | None) -> Iterator[None]:
-    """Turn the loaders' various errors for absent files into one that names the remedy."""
-    # A hub id is owner/name and names nothing on this disk.
-    folder = Path(model).exists() or model.count("/") != 1
-    command = f"hf download {LLAVA if folder else model}"
-    if revision:
-        command += f" --revision {revision}"
-    if folder:
-        command += f" --local-dir {model}"
-    try:
-        if folder and not Path(model, "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {model}")
-        yield
-    except OSError as error:
-        raise FileNotFoundError(
-            f"cannot load LLaVA from {model}: {error}\nFetch its weights with:\n    {command}"
-        ) from None
