@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from vlcp_dist.config import REAL_METHODS
 from vlcp_dist.data import storage
 from vlcp_dist.errors import InputError
 from vlcp_dist.report.charts import Line, Style, key, line_chart
@@ -84,7 +85,7 @@ def write(runs: Sequence[Finished], page: storage.Location) -> None:
 def rows_of(net: str, runs: Sequence[Finished]) -> list[dict[str, Any]]:
     """A row for every (run, method) of a net: a cell per IPC with mean, deviation, seeds, and its rank in the column.
 
-    Methods that several runs share with the same result, such as the baselines of a sweep, are one row.
+    A baseline of real images that has the same result in all runs, as in a sweep, is one row.
     """
     ipcs = ipcs_of(record for run in runs for record in run.records)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -96,11 +97,11 @@ def rows_of(net: str, runs: Sequence[Finished]) -> list[dict[str, Any]]:
             ][row["ipc"]] = {**cell, "text": spread(row["best_mean"], row["best_std"], row["seeds"])}
     merged: list[dict[str, Any]] = []
     for row in rows.values():
-        same = next((m for m in merged if m["method"] == row["method"] and m["cells"] == row["cells"]), None)
-        if same and len(runs) > 1:
-            same["run"] = "all runs"
-        else:
+        same = [other for other in rows.values() if other["method"] == row["method"] and other["cells"] == row["cells"]]
+        if row["method"] not in REAL_METHODS or len(same) < len(runs) or len(runs) == 1:
             merged.append(row)
+        elif row is same[0]:
+            merged.append(row | {"run": "all runs"})
     for ipc in ipcs:
         means = sorted({round(r["cells"][ipc]["best_mean"], 1) for r in merged if ipc in r["cells"]}, reverse=True)
         for row in merged:
