@@ -1,10 +1,14 @@
 """The configuration refuses what cannot run, with a message that names the way out."""
 
+from pathlib import Path
+
 import pytest
 
 from vlcp_dist import config, pipeline
 from vlcp_dist.errors import ConfigError
 from vlcp_dist.stages import base
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -115,3 +119,14 @@ def test_a_stage_gets_what_it_asks_for_itself_else_what_all_get(micro):
     caption, encode = engine.placement("caption"), engine.placement("encode")
     assert (caption.cpus_per_worker, caption.gpus_per_worker, caption.workers) == (2, 0.5, 3)
     assert (encode.cpus_per_worker, encode.gpus_per_worker, encode.workers) == (2, None, None)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_is_valid(path):
+    cfg = config.load(path)
+    nets, ipcs = set(cfg.evaluate.nets), set(cfg.ipc)
+    assert set(cfg.published) <= nets and all(set(by_ipc) <= ipcs for by_ipc in cfg.published.values())
+    for net, by_ipc in cfg.published.items():  # the head of the file says the same
+        assert (
+            all(str(figure) in path.read_text().partition("root:")[0] for figure in by_ipc.values()) or len(nets) > 1
+        ), net

@@ -222,9 +222,7 @@ class Prompter:
         begin = self.processor.tokenizer.bos_token
         begun = begin is not None and text.startswith(begin)
         with self._lock:
-            return dict(
-                self.processor(images=[image], text=[text], add_special_tokens=not begun, return_tensors="pt")
-            )
+            return dict(self.processor(images=[image], text=[text], add_special_tokens=not begun, return_tensors="pt"))
 
     def _conversation(self, prompt: str) -> str:
         if self.processor.chat_template is None:

@@ -293,7 +293,12 @@ class GumbelNoise:
 
 
 def _prefill(
-    model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **inputs: Any,
 ) -> Any:
     """In place of `generate`'s own loop: run the prompts once, and say what decoding goes on from.
 

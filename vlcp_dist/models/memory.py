@@ -75,7 +75,9 @@ def too_small(need: Need, available: int, gpu: str) -> str:
     ways = []
     half = replace(need, dtype="bfloat16")
     if need.dtype == "float32" and (batch := largest_batch(half, available)):
-        ways.append(f"caption.dtype=bfloat16 with caption.batch_size={batch} needs {_gib(replace(half, batch_size=batch).total)}")
+        ways.append(
+            f"caption.dtype=bfloat16 with caption.batch_size={batch} needs {_gib(replace(half, batch_size=batch).total)}"
+        )
     ways.append(f"a GPU with {_gib(one.total)} free or more, the whole of it for one worker (engine.gpus_per_worker=1)")
     ways.append("a caption.model with fewer parameters")
     return text + " What would fit: " + "; ".join(ways)

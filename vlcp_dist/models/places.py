@@ -104,7 +104,9 @@ class _Layer(DynamicLayer):
         """Prompts' keys and values, (b, heads, length, dim)."""
         if self.keys is None:
             self.keys, self.values = (
-                torch.zeros(self._places.slots, self._places.room, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
+                torch.zeros(
+                    self._places.slots, self._places.room, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device
+                )
                 for x in (keys, values)
             )
             self.is_initialized = True

@@ -64,7 +64,9 @@ def elements(path: Path) -> dict[str, int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= path.stat().st_size - 8:
-            raise ValueError(f"{path} is no safetensors file ({path.stat().st_size} bytes); delete it and download it again")
+            raise ValueError(
+                f"{path} is no safetensors file ({path.stat().st_size} bytes); delete it and download it again"
+            )
         header = json.loads(file.read(length))
     counts: dict[str, int] = {}
     for name, tensor in header.items():
