@@ -98,12 +98,6 @@ def test_a_new_seed_or_source_renames_everything(micro):
         assert all(before[name] != after[name] for name in before)
 
 
-@pytest.mark.parametrize("path", sorted(config.Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_are_valid_and_say_what_they_are(path):
-    assert path.read_text().startswith("#")
-    config.load(path)
-
-
 def test_a_listing_counts_by_its_content_not_its_place(micro, tmp_path):
     folders = []
     for place, text in (("a", "digit-0\tnull\n"), ("b", "digit-0\tnull\n"), ("c", "digit-0\tnil\n")):
@@ -122,11 +116,9 @@ def test_a_stage_gets_what_it_asks_for_itself_else_what_all_get(micro):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_of_the_project_is_valid(path):
-    cfg = config.load(path)
-    nets, ipcs = set(cfg.evaluate.nets), set(cfg.ipc)
-    assert set(cfg.published) <= nets and all(set(by_ipc) <= ipcs for by_ipc in cfg.published.values())
-    for net, by_ipc in cfg.published.items():  # the head of the file says the same
-        assert (
-            all(str(figure) in path.read_text().partition("root:")[0] for figure in by_ipc.values()) or len(nets) > 1
-        ), net
+def test_shipped_configs_are_valid_and_say_what_they_are(path):
+    text, cfg = path.read_text(), config.load(path)
+    assert text.startswith("#")
+    assert set(cfg.published) <= set(cfg.evaluate.nets)
+    for by_ipc in cfg.published.values():
+        assert set(by_ipc) <= set(cfg.ipc)
