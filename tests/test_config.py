@@ -1,10 +1,14 @@
 """The configuration refuses what cannot run, with a message that names the way out."""
 
+from pathlib import Path
+
 import pytest
 
 from vlcp_dist import config, pipeline
 from vlcp_dist.errors import ConfigError
 from vlcp_dist.stages import base
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -94,12 +98,6 @@ def test_a_new_seed_or_source_renames_everything(micro):
         assert all(before[name] != after[name] for name in before)
 
 
-@pytest.mark.parametrize("path", sorted(config.Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_are_valid_and_say_what_they_are(path):
-    assert path.read_text().startswith("#")
-    config.load(path)
-
-
 def test_a_listing_counts_by_its_content_not_its_place(micro, tmp_path):
     folders = []
     for place, text in (("a", "digit-0\tnull\n"), ("b", "digit-0\tnull\n"), ("c", "digit-0\tnil\n")):
@@ -115,3 +113,12 @@ def test_a_stage_gets_what_it_asks_for_itself_else_what_all_get(micro):
     caption, encode = engine.placement("caption"), engine.placement("encode")
     assert (caption.cpus_per_worker, caption.gpus_per_worker, caption.workers) == (2, 0.5, 3)
     assert (encode.cpus_per_worker, encode.gpus_per_worker, encode.workers) == (2, None, None)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_say_what_they_are(path):
+    text, cfg = path.read_text(), config.load(path)
+    assert text.startswith("#")
+    assert set(cfg.published) <= set(cfg.evaluate.nets)
+    for by_ipc in cfg.published.values():
+        assert set(by_ipc) <= set(cfg.ipc)

@@ -118,7 +118,7 @@ def test_a_damaged_file_is_named_and_made_again_and_nothing_else(small_reference
 
 
 def test_verify_finds_a_file_that_was_changed_in_place(small_reference, copy):
-    victim = next(copy.glob("synthesize-*/DCS/ipc=1/*/0000.png"))
+    victim = next(copy.glob("synthesize-*/DCS/ipc=1/train/*/0000-0.png"))
     data = bytearray(victim.read_bytes())
     data[-20] ^= 1
     victim.write_bytes(data)

@@ -60,7 +60,7 @@ def test_models_from_folders_take_the_place_of_what_the_demo_makes(reference, tm
     assert [state.stage.name for state in states] == [s for s in STAGES if s != "pretrain"]
     latents = {name.split("/")[1]: digest for name, digest in artefacts(reference).items() if name.startswith("encode")}
     assert {name.split("/")[1]: d for name, d in artefacts(root).items() if name.startswith("encode")} == latents
-    assert len(list(root.glob("synthesize-*/DCS/ipc=1/*/0000.png"))) == 10
+    assert len(list(root.glob("synthesize-*/DCS/ipc=1/train/*/0000-0.png"))) == 10
 
 
 def test_missing_weights_are_one_clear_error(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 import time
+from collections import Counter
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from vlcp_dist.errors import ConfigError, InputError, StageFailed, Stopped
 from vlcp_dist.interrupt import Interrupt, Terminated
 
 if TYPE_CHECKING:
+    from vlcp_dist.data import storage
     from vlcp_dist.status import StageStatus
 
 app = typer.Typer(
@@ -66,14 +68,24 @@ def run(
     from vlcp_dist.engine.progress import Progress, duration
 
     began = time.monotonic()
-    progress = Progress(interval=progress_interval, file=storage.locate(cfg.root) / "progress.json")
     again = "what is done stays done: the same command goes on from here"
+    left = []
     try:
         with Interrupt() as interrupt:
-            states = pipeline.run(
-                cfg, progress,
-                only=only or (), max_units=max_units, retry_failed=retry_failed, interrupt=interrupt,
-            )  # fmt: skip
+            for name, variant in config.variants(cfg).items():
+                if name:
+                    print(f"== {name}")
+                states = pipeline.run(
+                    variant, Progress(interval=progress_interval, file=storage.locate(cfg.root) / "progress.json"),
+                    only=only or (), max_units=max_units, retry_failed=retry_failed, interrupt=interrupt,
+                )  # fmt: skip
+                page = report.write(variant, states, name)
+                _print_results(report.results(states))
+                left += [
+                    f"{state.stage.name}{f' of {name}' if name else ''} ({_left(state)})"
+                    for state in states
+                    if not state.complete
+                ]
     except Stopped:
         print(f"stopped; {again}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -83,9 +95,9 @@ def run(
     except Terminated:
         print(f"terminated; {again}", file=sys.stderr)
         raise typer.Exit(143) from None
-    page = report.write(cfg, states)
-    _print_results(report.results(states))
-    if left := [f"{state.stage.name} ({_left(state)})" for state in states if not state.complete]:
+    if cfg.sweep:
+        page = _compare_sweep(cfg)
+    if left:
         print(f"not done yet: {', '.join(left)}")
     print(f"report: {page} (all of it in {duration(time.monotonic() - began)})")
 
@@ -95,7 +107,8 @@ def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson =
     """What is cached, what would run, and what it will take: GPU hours and bytes, at the rates measured so far."""
     from vlcp_dist.engine.progress import duration
 
-    rows = [state.summary() for state in _states(config.load(config_path, overrides))]
+    states = _states(config.load(config_path, overrides))
+    rows = [state.summary() | {"stage": name} for name, state in states.items()]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -134,9 +147,9 @@ def status(
     from vlcp_dist.status import failures
 
     states = _states(cfg)
-    rows = [state.summary() for state in states]
+    rows = [state.summary() | {"stage": name} for name, state in states.items()]
     if verify:
-        for state, row in zip(states, rows, strict=True):
+        for state, row in zip(states.values(), rows, strict=True):
             row["corrupt"] = {
                 f"{state.folder.path / file}": why for _, file, why in state.folder.verify(state.markers.values())
             }
@@ -166,7 +179,7 @@ def status(
                 print(f"{row['stage']}: {names[0]}{more} will be done again: {why}")
             for file, why in row.get("corrupt", {}).items():
                 print(f"{row['stage']}: {file}: {why}; delete it and run again")
-    failed = len(failures(states))
+    failed = len(failures(states.values()))
     if failed > cfg.max_failed_samples:
         print(f"{failed} samples failed, more than max_failed_samples={cfg.max_failed_samples}", file=sys.stderr)
     incomplete = any(row["units"] is None or row["done"] < row["units"] or row.get("corrupt") for row in rows)
@@ -180,14 +193,43 @@ def report_command(config_path: ConfigPath, overrides: Overrides = None, as_json
     from vlcp_dist import pipeline, report
 
     cfg = config.load(config_path, overrides)
-    states = pipeline.status(cfg)
-    results = report.results(states)
-    page = report.write(cfg, states)
+    results = {}
+    for name, variant in config.variants(cfg).items():
+        states = pipeline.status(variant)
+        results[name] = report.results(states)
+        page = report.write(variant, states, name)
+    if cfg.sweep:
+        page = _compare_sweep(cfg)
     if as_json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(results if cfg.sweep else results[""], indent=2))
         return
-    _print_results(results)
+    for name, records in results.items():
+        if name:
+            print(f"== {name}")
+        _print_results(records)
     print(f"report: {page}")
+
+
+@app.command()
+def compare(
+    roots: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="roots of runs: folders or URLs")],
+    out: Annotated[str, typer.Option(help="the page to write")] = "compare.html",
+) -> None:
+    """Set runs side by side: accuracies, settings that differ, cost of each stage."""
+    from vlcp_dist.data import storage
+    from vlcp_dist.report import compare as comparison
+
+    names = comparison.names_of(roots)
+    runs = [comparison.load(storage.locate(root) / "report", name) for root, name in zip(roots, names, strict=True)]
+    for net in sorted({record["net"] for run in runs for record in run.records}):
+        rows = comparison.rows_of(net, runs)
+        ipcs = list(dict.fromkeys(ipc for row in rows for ipc in row["cells"]))
+        table = Table("run", "method", *(f"IPC {ipc}" for ipc in ipcs), title=net)
+        for row in rows:
+            table.add_row(row["run"], row["method"], *(row["cells"].get(ipc, {}).get("text", "-") for ipc in ipcs))
+        _show(table)
+    comparison.write(runs, storage.locate(out))
+    print(f"comparison: {out}")
 
 
 def main() -> None:
@@ -209,10 +251,28 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-def _states(cfg: config.Config) -> "list[StageStatus]":
+def _states(cfg: config.Config) -> "dict[str, StageStatus]":
+    """Every stage by its name; of a sweep each folder once, and what is not shared with the value it is for."""
     from vlcp_dist import pipeline
 
-    return pipeline.status(cfg)
+    states = {name: pipeline.status(variant) for name, variant in config.variants(cfg).items()}
+    folders = Counter((state.stage.name, state.folder.path) for of_variant in states.values() for state in of_variant)
+    found: dict[str, StageStatus] = {}
+    for name, of_variant in states.items():
+        for state in of_variant:
+            shared = folders[state.stage.name, state.folder.path] == len(states)
+            found[state.stage.name if shared else f"{state.stage.name} {name}"] = state
+    return found
+
+
+def _compare_sweep(cfg: config.Config) -> "storage.Location":
+    """The page of a sweep: its runs compared."""
+    from vlcp_dist.data import storage
+    from vlcp_dist.report import compare as comparison
+
+    folder = storage.locate(cfg.root) / "report"
+    comparison.write([comparison.load(folder / name, name) for name in config.variants(cfg)], folder / "index.html")
+    return folder / "index.html"
 
 
 def _left(state: "StageStatus") -> str:

@@ -4,7 +4,6 @@ import copy
 import difflib
 import hashlib
 import json
-import pkgutil
 import types
 import typing
 from pathlib import Path
@@ -185,14 +184,18 @@ class Synthesize(Section):
     strength: float = Field(0.7, gt=0, le=1)
     guidance_scale: float = Field(10.0, ge=1)
     num_inference_steps: int = Field(50, ge=1)
-    scheduler: Literal["pndm", "ddim"] = "pndm"
-    negative_prompt: str = "cartoon, anime, painting"
-    sentence_writer: str = Field(
-        "vlcp_dist.ops.text:template_sentence",
-        description="for GGS: module:function that makes a prompt of (class name, keywords)",
+    scheduler: Literal["pndm", "ddim", "dpmsolver++"] = Field(
+        "pndm", description="ddim, or dpmsolver++ with about 20 steps, are the faster ones"
     )
+    negative_prompt: str = "cartoon, anime, painting"
+    images_per_prototype: int = Field(1, ge=1, description="images of one prototype that differ by their noise")
+    sentence_model: str | None = Field(
+        None, description="for GGS: a text model of transformers, a folder or a hub id; without one, a fixed pattern"
+    )
+    sentence_model_revision: str | None = None
     image_size: int = Field(256, ge=8)
     batch_size: int = _knob(32, ge=1)
+    compile: bool = _knob(False, description="torch.compile the U-Net: minutes at the start of every worker")
     prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
 
 
@@ -336,6 +339,12 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()
     max_failed_samples: int = Field(0, ge=0, json_schema_extra={"fingerprint": False})
+    sweep: dict[str, Annotated[list[Any], Field(min_length=2)]] | None = Field(
+        None, min_length=1, max_length=1, description="one setting and its values: {prototypes.beta: [0.3, 0.5, 0.7]}"
+    )
+    published: dict[Net, dict[int, float]] = Field(
+        {}, description="top-1 in % that was published, by net and IPC; the report sets it beside what was measured"
+    )
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -387,13 +396,6 @@ class Config(Section):
                 f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
                 f"finetune.workers {self.finetune.workers}"
             )
-        try:
-            pkgutil.resolve_name(self.synthesize.sentence_writer)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"synthesize.sentence_writer = {self.synthesize.sentence_writer!r} cannot be imported ({error}); "
-                f"name a function as module:function"
-            ) from error
         return self
 
 
@@ -418,9 +420,36 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply(tree, override)
     try:
-        return Config.model_validate(_absolute(tree))
+        cfg = Config.model_validate(_absolute(tree))
+        variants(cfg)
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from error
+    return cfg
+
+
+def variants(cfg: Config) -> dict[str, Config]:
+    """The configurations of a sweep, named as in `prototypes.beta=0.7`; without a sweep the configuration alone.
+
+    They share the root, so what does not depend on the setting is done once.
+
+    Raises:
+        ConfigError: two values are the same, or the setting is one that a run does not have.
+        ValidationError: a value is not valid.
+    """
+    if cfg.sweep is None:
+        return {"": cfg}
+    [(name, values)] = cfg.sweep.items()
+    if name.partition(".")[0] in ("root", "sweep", "published", "engine"):
+        raise ConfigError(f"sweep: {name} changes no result; name a setting such as prototypes.beta")
+    result = {}
+    for value in values:
+        tree = cfg.model_dump() | {"sweep": None}
+        written = json.dumps(value)
+        _apply(tree, f"{name}={written}")
+        result[f"{name}={written}"] = Config.model_validate(tree)
+    if len(result) < len(values):
+        raise ConfigError(f"sweep: {name} holds a value twice: {values}")
+    return result
 
 
 def fingerprint(part: Any) -> str:

@@ -53,6 +53,7 @@ class StageStatus:
             "bytes": _bytes(self.markers),
             "worker_seconds": round(totals["seconds"], 1),
             "notices": self.notices(),
+            "gpu_hours": round(self._gpus(self._device()) * totals["seconds"] / 3600, 4),
             "samples_left": None if self.units is None else sum(unit.size for unit in self.todo),
             **self.estimate(),
         }
@@ -81,21 +82,27 @@ class StageStatus:
             work = sum(self.stage.work(unit) for unit in done) or 1
             seconds = left * self.workers_per_unit * sum(marker["seconds"] for marker in self.markers.values()) / work
             bytes_left: int | None = round(left * _bytes(self.markers) / work)
-            device = next(iter(self.markers.values()))["info"].get("device", "cpu")
+            device = self._device()
             rate_from = f"{len(done)} units"
         else:
             assert steps_done is not None
             step, steps, seconds_per_step, device = steps_done
             seconds, bytes_left = (steps - step) * seconds_per_step * self.workers_per_unit, None
             rate_from = f"{step} steps"
-        gpus = 0.0 if device == "cpu" else (1.0 if self.gpus_per_worker is None else self.gpus_per_worker)
         return {
             "rate_from": rate_from,
             "worker_seconds_left": round(seconds, 1),
-            "gpu_hours_left": round(seconds * gpus / 3600, 3),
+            "gpu_hours_left": round(seconds * self._gpus(device) / 3600, 3),
             "bytes_left": bytes_left if left else 0,
             "device": device,
         }
+
+    def _device(self) -> str:
+        """What the units were measured on: `cpu`, or the name of a GPU."""
+        return next((marker["info"].get("device", "cpu") for marker in self.markers.values()), "cpu")
+
+    def _gpus(self, device: str) -> float:
+        return 0.0 if device == "cpu" else (1.0 if self.gpus_per_worker is None else self.gpus_per_worker)
 
     def _steps(self) -> tuple[int, int, float, str] | None:
         beat = self.folder.last_heartbeat() or {}

@@ -230,11 +230,7 @@ def test_prompts_of_the_ablation() -> None:
     assert prompt_for("DCS", **given) == "A long dog."
     assert prompt_for("DCS", **{**given, "description": None}) == CLASS_NAME
     assert prompt_for("L+FK", **{**given, "keywords": []}) == CLASS_NAME
-    assert prompt_for("GGS", **given, sentence_writer=template_sentence) == template_sentence(
-        CLASS_NAME, ["fur", "tail"]
-    )
-    with pytest.raises(ValueError, match="sentence_writer"):
-        prompt_for("GGS", **given)
+    assert prompt_for("GGS", **given) == template_sentence(CLASS_NAME, ["fur", "tail"])
     with pytest.raises(ValueError, match="unknown prompt strategy 'X'"):
         prompt_for("X", **given)  # type: ignore[arg-type]
 

@@ -148,7 +148,7 @@ def test_pictures_are_the_files_of_the_run(finished):
     sheet = next(image for image in page.all("img") if image["alt"].startswith("digit one: 3 distilled images"))
     pixels = Image.open(io.BytesIO(base64.b64decode(sheet["src"].partition(",")[2])))
     for cluster in range(3):
-        with Image.open(folder / f"DCS/ipc=3/digit-1/{cluster:04d}.png") as image:
+        with Image.open(folder / f"DCS/ipc=3/train/digit-1/{cluster:04d}-0.png") as image:
             left = cluster * (32 + 2)
             assert pixels.crop((left, 0, left + 32, 32)).tobytes() == image.convert("RGB").tobytes()
     rows = page.tables["strategies compared"]

@@ -41,7 +41,7 @@ def real(run, rows):
 
 def distilled(run, method):
     """As any reader of an image folder does it: labels by the order of the folders' names."""
-    root = run.folders["synthesize"].path / method / f"ipc={IPC}"
+    root = run.folders["synthesize"].path / method / f"ipc={IPC}" / "train"
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.png"))]
     images = np.stack([np.asarray(Image.open(path)) for path, _ in files])

@@ -5,7 +5,7 @@ Also the prompts of the ablation in Table 5, which are made of the same keywords
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -14,7 +14,6 @@ import numpy as np
 
 Matching = Literal["word", "substring"]
 PromptStrategy = Literal["L", "L+FK", "GGS", "DCS"]
-SentenceWriter = Callable[[str, Sequence[str]], str]
 
 _WORD = re.compile(r"[^\W\d_]+")  # runs of Unicode letters
 _CLUTTER = re.compile(r"[\"“”„]|['’]s\b")
@@ -151,30 +150,28 @@ def prompt_for(
     class_name: str,
     description: str | None,
     keywords: Sequence[str],
-    sentence_writer: SentenceWriter | None = None,
 ) -> str:
     """The prompt of one prototype under a strategy of Table 5.
 
-    "L": the class name; "L+FK": the class name and the keywords, comma-joined; "GGS": what `sentence_writer` makes of
-    (class_name, keywords); "DCS", the method's: the description, or the class name where a cluster has none.
+    "L": the class name; "L+FK": the class name and the keywords, comma-joined; "GGS": a sentence of the class name
+    and the keywords (`template_sentence`; a language model writes another); "DCS", the method's: the description, or
+    the class name where a cluster has none.
 
-    Raises ValueError for another strategy, and for "GGS" without a sentence writer.
+    Raises ValueError for another strategy.
     """
     if strategy == "L":
         return class_name
     if strategy == "L+FK":
         return ", ".join([class_name, *keywords])
     if strategy == "GGS":
-        if sentence_writer is None:
-            raise ValueError('prompt strategy "GGS" needs a sentence_writer, for example template_sentence')
-        return sentence_writer(class_name, keywords)
+        return template_sentence(class_name, keywords)
     if strategy == "DCS":
         return class_name if description is None else description
     raise ValueError(f'unknown prompt strategy {strategy!r}: choose "L", "L+FK", "GGS" or "DCS"')
 
 
 def template_sentence(class_name: str, keywords: Sequence[str]) -> str:
-    """A sentence writer for "GGS" without a language model: one plain sentence with the first ten keywords."""
+    """One plain sentence with the first ten keywords: "GGS" without a language model."""
     words = list(keywords[:_SENTENCE_KEYWORDS])
     if not words:
         return f"The image shows the {class_name}."

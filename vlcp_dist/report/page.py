@@ -1,4 +1,4 @@
-"""Writes `<root>/report/`: the page `index.html`, `results.json`, and the `config.yaml` that repeats the run."""
+"""Writes the report of a run: `index.html`, `results.json`, `stages.json`, and the `config.yaml` that repeats it."""
 
 import json
 import platform
@@ -31,23 +31,29 @@ PRETRAIN = {
 }
 
 
-def write(cfg: Config, states: list[StageStatus]) -> storage.Location:
+def write(cfg: Config, states: list[StageStatus], name: str = "") -> storage.Location:
     """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
 
-    The page loads nothing from elsewhere. The same run gives the same page.
+    It goes to `<root>/report/`, or to the folder `name` in it. The page loads nothing from elsewhere. The same run
+    gives the same page.
     """
-    folder = storage.locate(cfg.root) / "report"
+    folder = storage.locate(cfg.root) / "report" / name
     records = results(states)
     short = [{name: value for name, value in record.items() if name not in LONG} for record in records]
     storage.write(folder / "results.json", (json.dumps(short, indent=1) + "\n").encode())
+    rows = [state.summary() for state in states]
+    storage.write(folder / "stages.json", (json.dumps(rows, indent=1) + "\n").encode())
     settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
     storage.write(folder / "config.yaml", settings.encode())
     page = folder / "index.html"
-    storage.write(page, _render(_context(cfg, states, records, settings)).encode())
+    context = _context(cfg, states, records, settings)
+    context["command"] = f"vlcp run --config {shlex.quote(f'{folder}/config.yaml')}"
+    storage.write(page, render("page.html", context).encode())
     return page
 
 
-def _render(context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page of this package's templates."""
     environment = Environment(
         loader=PackageLoader("vlcp_dist", "report"),
         autoescape=True,
@@ -56,7 +62,7 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"mib": lambda n: f"{n / 2**20:,.1f}", "signed": tables.signed}
-    return environment.get_template("page.html").render(context) + "\n"
+    return environment.get_template(template).render(context) + "\n"
 
 
 def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
@@ -72,6 +78,7 @@ def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any
         "headline": tables.headline(_of_net(summaries, nets[0]), cfg.synthesize.strategies[0]) if nets else None,
         "unfinished": [row for row in stage_rows if row["units"] is None or row["done"] < row["units"]],
         "nets": [_net(net, summaries, records) for net in nets],
+        "published": tables.published(cfg.published, summaries, cfg.synthesize.strategies[0]),
         "split": cfg.evaluate.split,
         "grid": grid,
         "strategies": material.strategy_rows(found, grid["ipc"]) if grid else None,
@@ -89,7 +96,6 @@ def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any
         "unreadable": found.unreadable,  # after all that reads images
         "settings": settings,
         "versions": [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)],
-        "command": f"vlcp run --config {shlex.quote(f'{cfg.root}/report/config.yaml')}",
     }
 
 

@@ -1,7 +1,7 @@
 """Numbers and sentences of the page, made from the records of the trainings alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median_low
 from typing import Any
 
@@ -42,6 +42,23 @@ def headline(summaries: Sequence[Summary], strategy: str) -> str | None:
         if row["method"] == method and row["ipc"] in (first["ipc"], "full")
     ]
     return f"At {first['ipc']} image{'s' * (first['ipc'] > 1)} per class: {', '.join(parts)}."
+
+
+def published(
+    figures: Mapping[Any, Mapping[int, float]], summaries: Sequence[Summary], strategy: str
+) -> list[dict[str, Any]]:
+    """Of every published figure, what this run measured for the strategy: None where it has not."""
+    measured = {(row["net"], row["ipc"]): row for row in summaries if row["method"] == strategy}
+    rows = []
+    for net, by_ipc in figures.items():
+        for ipc, figure in sorted(by_ipc.items()):
+            row = measured.get((net, ipc))
+            shown = row and {
+                "best": spread(row["best_mean"], row["best_std"], row["seeds"]),
+                "difference": row["best_mean"] - figure,
+            }
+            rows.append({"net": net, "ipc": ipc, "published": figure, "measured": shown})
+    return rows
 
 
 def ipcs_of(summaries: Iterable[Summary]) -> list[int]:

@@ -157,7 +157,7 @@ class Trainer:
         from accelerate import Accelerator
         from diffusers.training_utils import EMAModel
 
-        from vlcp_dist.models.diffusion import load_pipeline
+        from vlcp_dist.models.synthesis import load_pipeline
 
         mixed = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[precision]
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())

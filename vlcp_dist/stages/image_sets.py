@@ -59,17 +59,18 @@ def distilled_images(run: Run, method: str, ipc: int) -> tuple[torch.Tensor, tor
         ValueError: this machine has no memory for them.
     """
     folder, size = run.folders["synthesize"].path, run.cfg.synthesize.image_size
-    names = [(class_id, c) for class_id in run.index.class_sizes for c in range(ipc)]
+    repeats = range(run.cfg.synthesize.images_per_prototype)
+    names = [(class_id, c, r) for class_id in run.index.class_sizes for c in range(ipc) for r in repeats]
     pixels = _room_for(len(names), size)
     for start in range(0, len(names), READ_AT_ONCE):
         part = names[start : start + READ_AT_ONCE]
         try:
-            encoded = storage.fetch([folder / image_path(method, ipc, class_id, c) for class_id, c in part])
+            encoded = storage.fetch([folder / image_path(method, ipc, *name) for name in part])
         except FileNotFoundError as error:
             raise InputError(_not_synthesised(run, method, ipc, str(error))) from error
         for i, data in enumerate(encoded, start):
             pixels[i] = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
-    return torch.from_numpy(pixels), torch.tensor([run.index.labels[class_id] for class_id, _ in names])
+    return torch.from_numpy(pixels), torch.tensor([run.index.labels[class_id] for class_id, *_ in names])
 
 
 def check_split(split: str, index: Index) -> None:
