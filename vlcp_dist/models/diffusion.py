@@ -54,7 +54,7 @@ def load_vae(
     Raises:
         FileNotFoundError: weights are missing; the message holds the command that fetches them.
     """
-    with quiet(), _missing_weights(model, revision):
+    with quiet(), missing_weights(model, revision):
         import diffusers
 
         vae: Any = diffusers.AutoencoderKL.from_pretrained(
@@ -96,7 +96,7 @@ def load_pipeline(
         if not Path(unet, "config.json").is_file():
             raise FileNotFoundError(f"{unet} holds no fine-tuned U-Net (no config.json): run fine-tuning first")
         parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(str(unet), dtype=dtype, use_safetensors=True)
-    with quiet(), _missing_weights(model, revision):
+    with quiet(), missing_weights(model, revision):
         pipe: Any = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
             str(model),
             revision=revision,
@@ -309,7 +309,7 @@ def _check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _missing_weights(model: str | Path, revision: str | None) -> Iterator[None]:
+def missing_weights(model: str | Path, revision: str | None) -> Iterator[None]:
     """Turn the loaders' various errors for absent files into one that names the remedy."""
     try:
         if _is_folder(model) and not Path(model, "model_index.json").is_file():
