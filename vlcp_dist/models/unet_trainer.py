@@ -81,7 +81,9 @@ class Trainer:
         if setup.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self._memory_format = torch.channels_last if setup.channels_last else torch.contiguous_format
-        unet.to(device=self.device, memory_format=self._memory_format).train()
+        unet.to(self.device).train()
+        if setup.strategy == "ddp":  # DeepSpeed keeps weights in flat buffers of its own; activations are what counts
+            unet.to(memory_format=self._memory_format)
         if setup.compile:
             unet.compile()
         trained = [p for p in unet.parameters() if p.requires_grad]
