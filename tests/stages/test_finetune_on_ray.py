@@ -35,7 +35,9 @@ class Killer:
     def __call__(self) -> bool:
         beat = self._folder.last_heartbeat() or {}
         if not self.killed and beat.get("phase") == "unet" and beat["step"] > 4:
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+            workers = [
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+            ]
             self.killed = len(workers)
             os.kill(workers[0].pid, signal.SIGKILL)
         return False

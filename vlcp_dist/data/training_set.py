@@ -89,7 +89,7 @@ class TrainingSet:
         return len(self._columns["shard"])
 
     def latents(self, rows: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
-        """Latents (b, c, h, w) fp16 of the samples; of the mirrored image where `flip` (b,) says so and there is one."""
+        """Latents (b, c, h, w) fp16; of the mirrored image where `flip` (b,) says so and there is one."""
         offsets = self._columns["offset"][rows]
         if flip is not None:
             flipped = self._columns["flipped"][rows]

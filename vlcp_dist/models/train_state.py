@@ -81,7 +81,8 @@ def load_optimizer(named: Sequence[tuple[str, nn.Parameter]], optimizer: Any, st
     for name, parameter in named:
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step), device=parameter.device),  # where the fused kernel wants it
-            **{moment: read(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS},
+            # As the weights lie in memory (channels last or not): the fused kernel goes by that alone.
+            **{moment: torch.empty_like(parameter).copy_(read(f"{moment}.{name}")) for moment in MOMENTS},
         }
 
 

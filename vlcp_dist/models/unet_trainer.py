@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -300,6 +301,8 @@ def _deepspeed_plugin(recipe: Recipe, setup: Setup) -> Any:
 
     # An all-reduce for inference on CPUs, which would be compiled for half a minute and never be called.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed's own call, which its users cannot mend.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     _alone_in_its_group()
     config: dict[str, Any] = {
         **setup.deepspeed,

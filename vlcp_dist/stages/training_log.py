@@ -114,7 +114,7 @@ class TrainingLog:
         condition = self._trainer.condition(text)
         images = sample_images(
             self._trainer.unet, self._trainer.scheduler, self._run.diffusion_model, condition[:-1], condition[-1:],
-            self.shape, revision=self._run.cfg.diffusion.revision, seed=self._run.cfg.seed,
+            shape=self.shape, revision=self._run.cfg.diffusion.revision, seed=self._run.cfg.seed,
             num_inference_steps=synthesis.num_inference_steps, guidance_scale=synthesis.guidance_scale,
         )  # fmt: skip
         for i, image in enumerate(images):
