@@ -5,10 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
-from runs import MICRO
 from vlcp_dist.data import checkpoints
 from vlcp_dist.stages import finetune
 
@@ -23,8 +24,8 @@ from vlcp_dist.models import unet_trainer
 from vlcp_dist.stages import base, finetune
 
 torch.set_num_threads(1)
-micro, stop_at, *overrides = sys.argv[1:]
-cfg = config.load(micro, overrides)
+path, stop_at, *overrides = sys.argv[1:]
+cfg = config.load(path, overrides)
 run = base.make_run(cfg, pipeline.stages(cfg))
 worker, (unit,) = finetune.Worker(run), finetune.units(run)
 trainers = []
@@ -49,18 +50,26 @@ print(json.dumps({
 """
 
 
-def on_two_processes(stop_at: int, *overrides: str) -> list[dict]:
+def on_two_processes(config: Path, stop_at: int, *overrides: str) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(2):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(MICRO), str(stop_at), *overrides],
+                [sys.executable, "-c", PROGRAM, str(config), str(stop_at), *overrides],
                 env=os.environ | {name: str(value) for name, value in environment.items()},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )  # fmt: skip
         )
     outputs = [process.communicate() for process in processes]
@@ -68,15 +77,16 @@ def on_two_processes(stop_at: int, *overrides: str) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-def test_zero_1_on_two_processes_goes_on_in_one(run_with):
-    """Process 1 asks for a stop after step 8, in the midst of an epoch; both save, and one process ends the training."""
+def test_zero_1_on_two_processes_goes_on_in_one(run_with, tmp_path):
+    """Process 1 asks for a stop after step 8, amid an epoch; both save, and one process ends the training."""
     quiet = run_with(*SETTINGS)
     folder, (unit,) = quiet.folders["finetune"].path, finetune.units(quiet)
     expected = json.loads(finetune.Worker(quiet).process(unit, None).files["training.json"])["loss"]
     for name in checkpoints.names(folder):
         (folder / name).unlink()
-    overrides = [f"root={quiet.cfg.root}", *SETTINGS_OF_RUN, *SETTINGS]
-    both = on_two_processes(8, *overrides, "finetune.strategy=deepspeed", "finetune.deepspeed=zero1")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(quiet.cfg.model_dump()))
+    both = on_two_processes(config, 8, "finetune.strategy=deepspeed", "finetune.deepspeed=zero1")
     for one in both:
         assert one["type"] == "DistributedType.DEEPSPEED" and (one["processes"], one["stage"]) == (2, 1)
         assert 0.5 * one["weights"] <= one["state"] < 0.51 * one["weights"]  # each keeps half of the optimizer
