@@ -98,7 +98,7 @@ def test_odd_images_are_used_and_broken_ones_listed(config_of, folder):
     cfg = cfg.model_copy(update={"max_failed_samples": len(failed) - 1})
     assert pipeline.failures(run(cfg)) == []
     root = Path(cfg.root)
-    made_from_captions = {"pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"}
+    made_from_captions = {"pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate"}
     assert {path.name.split("-")[0] for path in root.glob("*.superseded-1")} == made_from_captions
     for stage in ("caption", "encode"):
         markers = next(s for s in states if s.stage.name == stage).markers.values()
@@ -167,7 +167,7 @@ def test_names_and_descriptions_beyond_ascii(config_of, tmp_path):
     states = run(
         config_of(f"data.class_names={json.dumps(names, ensure_ascii=False)}", "ipc=[1]", "evaluate.baselines=[]")
     )
-    metadata = next(states[6].folder.path.glob("DCS/ipc=1/digit_two/metadata.jsonl")).read_text()
+    metadata = next(states[7].folder.path.glob("DCS/ipc=1/digit_two/metadata.jsonl")).read_text()
     assert "数字" in json.loads(metadata)["prompt"]
 
 

@@ -12,7 +12,9 @@ from runs import MICRO, artefacts, command, markers, vlcp
 from vlcp_dist import config, pipeline
 from vlcp_dist.engine.progress import Progress
 
-STAGES = ["index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"]
+STAGES = [
+    "index", "caption", "pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

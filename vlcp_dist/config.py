@@ -23,7 +23,7 @@ PROMPT = (
 )
 Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "resnet18"]
 StageName = Literal[
-    "index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
+    "index", "caption", "pretrain", "encode", "pack", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
 ]
 DEEPSPEED = Path(__file__).parents[1] / "configs" / "deepspeed"  # of a checkout
 ZERO1 = {"zero_optimization": {"stage": 1, "overlap_comm": True}}
@@ -102,7 +102,9 @@ class Encode(Section):
     image_size: int = Field(512, ge=8, multiple_of=8)
     resize: Literal["squash", "center"] = "squash"
     posterior: Literal["mean", "sample"] = "mean"
+    horizontal_flip: bool = Field(False, description="also encode the mirrored image, for training")
     batch_size: int = _knob(32, ge=1)
+    compile: bool = _knob(False, description="compile the encoder with torch.compile: minutes at first, then faster")
 
 
 class Finetune(Section):

@@ -53,6 +53,12 @@ def test_wnids_need_names():
         load_classes(["n02091831"], listing=None)
 
 
+@pytest.mark.parametrize("id", ["../up", "birds/crane", ".hidden", "..", "", "a\nb", "é" * 101])
+def test_an_id_that_is_no_file_name_is_refused(id):
+    with pytest.raises(SourceError, match="class ids name files"):
+        load_classes(["fine", id], listing={"fine": "fine", id: "a name"})
+
+
 def test_imagenet_listing_by_id_not_by_position(listing):
     path = listing(CRANES, "LOC_synset_mapping.txt")
     assert load_classes(["n03126707", "n02091831"], listing=path) == [

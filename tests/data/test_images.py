@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vlcp_dist.data.images import BadImage, decode, to_array
+from vlcp_dist.data import images
+from vlcp_dist.data.images import BadImage, decode, decode_pixels, to_square
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -254,62 +255,139 @@ assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(
 
 
 def test_threads_decode_as_one_does():
-    images = [encode(noise(20 + i, 30), file_format) for i in range(20) for file_format in ("JPEG", "PNG", "TIFF")]
+    files = [encode(noise(20 + i, 30), file_format) for i in range(20) for file_format in ("JPEG", "PNG", "TIFF")]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(decode, images))
-    for data, image in zip(images, together, strict=True):
-        np.testing.assert_array_equal(np.asarray(image), np.asarray(decode(data)))
+        together = list(pool.map(decode_pixels, files))
+    for data, pixels in zip(files, together, strict=True):
+        np.testing.assert_array_equal(pixels, decode_pixels(data))
+
+
+def photograph(width: int = 130, height: int = 97, seed: int = 0) -> Image.Image:
+    """Amplitudes fall with frequency as in photographs, and colours go mostly together."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / width)
+    planes = [
+        np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (height, width)) for _ in "lrgb"
+    ]
+    pixels = np.stack([planes[0] + plane / 2 for plane in planes[1:]], axis=-1)
+    return Image.fromarray((118 + 60 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
+def difference(data: bytes) -> int:
+    """Largest difference between our pixels of an image and Pillow's."""
+    return int(np.abs(decode_pixels(data).astype(int) - np.asarray(decode(data))).max())
+
+
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6  # orientation: to be turned by a quarter
+JPEGS = {
+    "4:2:0": (photograph(), {"subsampling": "4:2:0"}),
+    "4:2:2": (photograph(), {"subsampling": "4:2:2"}),
+    "4:4:4": (photograph(), {"subsampling": "4:4:4"}),
+    "progressive": (photograph(), {"progressive": True}),
+    "optimised": (photograph(), {"optimize": True, "quality": 30}),
+    "restart markers": (photograph(), {"restart_marker_rows": 1}),
+    "kept as RGB": (photograph(), {"keep_rgb": True}),
+    "grey": (photograph().convert("L"), {}),
+    "CMYK": (photograph().convert("CMYK"), {}),
+    "turned by EXIF": (photograph(), {"exif": ROTATED}),
+    "one pixel": (photograph().crop((0, 0, 1, 1)), {}),
+    "one column": (photograph().crop((0, 0, 1, 97)), {"progressive": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("quality", [50, 90, 100])
+def test_jpegs_are_the_pixels_of_pillow(kind, quality):
+    """To within two levels in 255: another release of the same decoder may round otherwise."""
+    image, options = JPEGS[kind]
+    data = encode(image, "JPEG", **({"quality": quality} | options))
+    assert decode_pixels(data).shape == (image.height, image.width, 3)
+    assert difference(data) <= 2
+
+
+def test_jpegs_of_photographs_do_not_go_through_pillow_and_others_do(monkeypatch):
+    asked = []
+    monkeypatch.setattr(images, "decode", lambda data, **_: asked.append(data) or photograph())
+    usual = [encode(photograph(), "JPEG"), encode(photograph().convert("L"), "JPEG", progressive=True)]
+    others = [encode(photograph().convert("CMYK"), "JPEG"), encode(photograph()), usual[0][:-40], b"", usual[0][:3]]
+    for data in usual + others:
+        assert decode_pixels(data).shape[2] == 3
+    assert asked == others
+
+
+def test_a_jpeg_that_is_too_large_or_damaged_is_what_pillow_says():
+    whole = encode(photograph(), "JPEG")
+    with pytest.raises(BadImage, match="130 x 97 pixels are more than the 1000 allowed"):
+        decode_pixels(whole, max_pixels=1000)
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+        data = damaged.tobytes() if i % 2 else whole[: rng.integers(0, len(whole))]
+        try:
+            expected = decode(data, max_pixels=100_000)
+        except BadImage as error:
+            with pytest.raises(BadImage) as caught:
+                decode_pixels(data, max_pixels=100_000)
+            assert str(caught.value) == str(error)
+        else:
+            found = decode_pixels(data, max_pixels=100_000).astype(int)
+            assert np.abs(found - np.asarray(expected)).max() <= 2
 
 
 def test_squash_keeps_the_whole_image():
-    wide = Image.new("RGB", (200, 50), RED)
-    wide.paste(GREEN, (100, 0, 200, 50))
-    array = to_array(wide, 16, crop="squash")
+    wide = np.empty((50, 200, 3), np.uint8)
+    wide[:, :100], wide[:, 100:] = RED, GREEN
+    array = to_square(wide, 16, crop="squash")
     assert (array.shape, array.dtype, array.flags.c_contiguous) == ((3, 16, 16), np.uint8, True)
     assert (array[:, :, 0] == np.array(RED)[:, None]).all()
     assert (array[:, :, -1] == np.array(GREEN)[:, None]).all()
 
 
-@pytest.mark.parametrize("size", [(90, 30), (30, 90)])
-def test_center_takes_the_middle(size):
-    image = Image.new("RGB", size, RED)
-    middle = (30, 0, 60, 30) if size[0] > size[1] else (0, 30, 30, 60)
-    image.paste(GREEN, middle)
-    array = to_array(image, 10, crop="center")
-    assert (array[:, 1:-1, 1:-1] == np.array(GREEN)[:, None, None]).all()
+@pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90)])
+def test_center_takes_the_middle_alone(width, height):
+    pixels = np.full((height, width, 3), RED, np.uint8)
+    middle = (slice(None), slice(30, 60)) if width > height else (slice(30, 60), slice(None))
+    pixels[middle] = GREEN
+    assert (to_square(pixels, 10, crop="center") == np.array(GREEN)[:, None, None]).all()
 
 
 def test_center_equals_resize_then_crop():
-    image = noise(120, 80)
-    expected = np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR).crop((10, 0, 50, 40)))
-    array = to_array(image, 40, crop="center").transpose(1, 2, 0)
-    np.testing.assert_array_equal(array, expected)
+    """But for the rim, where what is cut off no longer shines in."""
+    image = photograph(120, 80)
+    expected = np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR).crop((10, 0, 50, 40))).astype(int)
+    array = to_square(np.array(image), 40, crop="center").transpose(1, 2, 0)
+    assert np.abs(array - expected)[:, 1:-1].max() <= 1
 
 
-def test_resizing_is_antialiased():
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    array = to_array(Image.fromarray(stripes), 8, crop="squash")
-    assert abs(array.astype(int) - 128).max() < 20
+@pytest.mark.parametrize("size", [8, 64, 97, 130, 336])
+def test_resizing_is_pillows(size):
+    """Smaller and larger, one way or both, smooth and noisy: to within one level in 255."""
+    for image in (photograph(), photograph(97, 130), noise(), noise(1000, 20)):
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        assert np.abs(to_square(np.array(image), size, crop="squash").astype(int) - expected).max() <= 1
 
 
 def test_a_thin_line_is_no_bomb():
-    line = Image.new("RGB", (1_000_000, 1), RED)
-    assert to_array(line, 512, crop="center").shape == (3, 512, 512)
+    line = np.full((1, 1_000_000, 3), RED, np.uint8)
+    assert to_square(line, 512, crop="center").shape == (3, 512, 512)
 
 
 def test_one_pixel_enlarges():
-    assert (to_array(Image.new("RGB", (1, 1), GREEN), 8, crop="center") == np.array(GREEN)[:, None, None]).all()
+    assert (to_square(np.full((1, 1, 3), GREEN, np.uint8), 8, crop="center") == np.array(GREEN)[:, None, None]).all()
 
 
 @pytest.mark.parametrize(
-    ("image", "size", "crop", "message"),
+    ("pixels", "size", "crop", "message"),
     [
-        (Image.new("L", (4, 4)), 4, "squash", "mode L"),
-        (Image.new("RGB", (4, 4)), 0, "squash", "at least 1"),
-        (Image.new("RGB", (4, 4)), 4, "corner", "corner"),
+        (np.zeros((4, 4), np.uint8), 4, "squash", r"uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 3), np.float32), 4, "squash", "float32"),
+        (np.zeros((4, 4, 3), np.uint8), 0, "squash", "at least 1"),
+        (np.zeros((4, 4, 3), np.uint8), 4, "corner", "corner"),
     ],
 )
-def test_to_array_names_bad_arguments(image, size, crop, message):
+def test_to_square_names_bad_arguments(pixels, size, crop, message):
     with pytest.raises(ValueError, match=message):
-        to_array(image, size, crop=crop)
+        to_square(pixels, size, crop=crop)

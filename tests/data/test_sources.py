@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vlcp_dist.data.classes import SUBSETS, ClassInfo, SourceError
-from vlcp_dist.data.images import BadImage, decode, to_array
+from vlcp_dist.data.images import BadImage, decode, decode_pixels, to_square
 from vlcp_dist.data.index import assign, files
 from vlcp_dist.data.sources import Sample, open_source
 from vlcp_dist.data.tars import members
@@ -55,7 +55,7 @@ def pixels(source) -> dict[tuple[str, bytes], int]:
     """(class, pixels) of every sample -> how often."""
     found: dict[tuple[str, bytes], int] = {}
     for sample in source.samples():
-        array = to_array(decode(read_one(source, sample.ref)), SIZE, crop="squash")
+        array = to_square(decode_pixels(read_one(source, sample.ref)), SIZE, crop="squash")
         item = sample.class_id, array.tobytes()
         found[item] = found.get(item, 0) + 1
     return found
@@ -78,7 +78,9 @@ def digits():
 
 def expected_pixels(digits) -> dict[tuple[str, bytes], int]:
     arrays = [
-        (id, to_array(decode(data), SIZE, crop="squash").tobytes()) for id, many in digits.items() for data in many
+        (id, to_square(decode_pixels(data), SIZE, crop="squash").tobytes())
+        for id, many in digits.items()
+        for data in many
     ]
     return {item: arrays.count(item) for item in arrays}
 
@@ -195,7 +197,7 @@ def test_cifar10_mini():
     assert len({sample.key for sample in samples}) == len(samples)
     assert {sample.split for sample in samples} == {"train", "test"}
     for sample in samples[:: len(samples) // 20]:
-        assert to_array(decode(read_one(source, sample.ref)), 32, crop="squash").shape == (3, 32, 32)
+        assert to_square(decode_pixels(read_one(source, sample.ref)), 32, crop="squash").shape == (3, 32, 32)
 
 
 # Image folders

@@ -47,6 +47,7 @@ SUBSETS: dict[str, tuple[str, ...]] = {
 # fmt: on
 
 _WNID = re.compile(r"n\d{8}")
+_SAFE = re.compile(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*")
 
 
 class SourceError(InputError):
@@ -66,8 +67,14 @@ def load_classes(ids: Sequence[str], *, listing: str | Location | Mapping[str, s
 
     Names come from `listing`: a file that `read_listing` understands, or a mapping of id to name. Without
     one, a name is the id with underscores and hyphens as spaces. Raises `SourceError` for ids that the
-    listing lacks, and for wnids without a listing ("the n02091831 in the image" is no prompt).
+    listing lacks, for wnids without a listing ("the n02091831 in the image" is no prompt), and for ids that
+    are no file names: every class has files named by its id.
     """
+    if unsafe := [id for id in ids if not _SAFE.fullmatch(id) or len(id.encode(errors="replace")) > 200]:
+        raise SourceError(
+            f"class ids name files, and {_some([repr(id) for id in unsafe])} cannot: an id is at most 200 bytes, does "
+            f"not begin with a dot and holds no slash and no control characters; rename the folder or mend the listing"
+        )
     if listing is None:
         if unnamed := [id for id in ids if _WNID.fullmatch(id)]:
             raise SourceError(

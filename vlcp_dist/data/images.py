@@ -1,4 +1,4 @@
-"""Encoded bytes -> RGB image -> uint8 array; what cannot be decoded faithfully is a `BadImage`."""
+"""Encoded bytes -> RGB pixels -> a square of them; what cannot be decoded faithfully is a `BadImage`."""
 
 import io
 import threading
@@ -6,6 +6,7 @@ import warnings
 from typing import Literal
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 # Formats are told by content, never by file name. Pillow's other readers stay shut: some start programs (EPS)
@@ -41,28 +42,52 @@ def decode(data: bytes, *, max_pixels: int = 178_956_970) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def to_array(image: Image.Image, size: int, *, crop: Literal["squash", "center"]) -> np.ndarray:
-    """An RGB image as a uint8 array of (3, size, size), resized bilinearly with antialiasing.
+def decode_pixels(data: bytes, *, max_pixels: int = 178_956_970) -> np.ndarray:
+    """As `decode`, as a uint8 array (height, width, 3), and JPEGs faster: the pixels are those of Pillow.
 
-    "squash" resizes the whole image to the square, which changes its aspect. "center" takes the largest
-    centred square: "shorter side to `size`, then centre crop" without the long image in between.
-    Raises ValueError for another mode, size or crop.
+    Both decoders are libjpeg-turbo. Here it writes the array at once and leaves the interpreter to other threads.
     """
-    if image.mode != "RGB":
-        raise ValueError(f"expected an RGB image, got mode {image.mode}: pass it through decode()")
+    pixels = _plain_jpeg(data, max_pixels)
+    return np.array(decode(data, max_pixels=max_pixels)) if pixels is None else pixels
+
+
+def to_square(pixels: np.ndarray, size: int, *, crop: Literal["squash", "center"]) -> np.ndarray:
+    """Uint8 pixels (height, width, 3) as (3, size, size), resized bilinearly with antialiasing.
+
+    "squash" resizes the whole image to the square, which changes its aspect. "center" does so with the largest
+    centred square: "shorter side to `size`, then centre crop" without the long image in between. The result is
+    Pillow's to within one level in 255, in a third of its time. Raises ValueError for another shape, size or crop.
+    """
+    import torch  # here, because those who list images but do not look at them need not wait for it
+
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(f"expected uint8 pixels (height, width, 3), got {pixels.dtype} {pixels.shape}")
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    width, height = image.size
-    if crop == "squash":
-        box = (0.0, 0.0, float(width), float(height))
-    elif crop == "center":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-    else:
+    if crop == "center":
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    elif crop != "squash":
         raise ValueError(f'crop must be "squash" or "center", got {crop!r}')
-    square = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # a view: colour is the fastest axis, as torch likes it
+    square = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return square[0].contiguous().numpy()
+
+
+def _plain_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """The pixels of a whole, flawless JPEG in colour or grey; None for all else, of which Pillow has to judge."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > max_pixels:
+            return None
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return pixels
+    except ValueError:  # every warning of the library's is one
+        return None
 
 
 def _load(data: bytes, max_pixels: int) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import io
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ def pack(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
     return buffer.getvalue()
 
 
-def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a tar in their order.
+def read(path: Location, keys: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of a tar in their order, or of them only those with these keys: the bytes of others are not read.
 
     Raises:
         ShardError: the tar is cut short or damaged.
@@ -40,6 +40,8 @@ def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
     with copy.open("rb") as file:
         for name, offset, size in _members(copy, path):
             stem, _, extension = name.partition(".")
+            if keys is not None and stem not in keys:
+                continue
             if stem != key and parts:
                 yield key, parts
                 parts = {}
@@ -51,9 +53,12 @@ def read(path: Location) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The `.npy` members of many tars by key. Nothing is copied; tars of an object store are downloaded first."""
+    """The array of each sample of many tars, by key: its member with the extension asked for.
 
-    def __init__(self, paths: Iterable[Location]):
+    Nothing is copied; tars of an object store are downloaded first.
+    """
+
+    def __init__(self, paths: Iterable[Location], extension: str = "npy"):
         self._maps: list[mmap.mmap] = []
         self._where: dict[str, tuple[int, int, int]] = {}
         paths = list(paths)
@@ -62,8 +67,8 @@ class Arrays(Mapping[str, np.ndarray]):
             with copy.open("rb") as file:
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             for name, offset, size in members:
-                key, _, extension = name.partition(".")
-                if extension == "npy":
+                key, _, found = name.partition(".")
+                if found == extension:
                     self._where[key] = (len(self._maps) - 1, offset, size)
 
     def __getitem__(self, key: str) -> np.ndarray:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from vlcp_dist.config import Config, fingerprint
-from vlcp_dist.data import shards, storage
-from vlcp_dist.data.images import BadImage, decode, to_array
+from vlcp_dist.data import packs, shards, storage
+from vlcp_dist.data.images import BadImage, decode, decode_pixels, to_square
 from vlcp_dist.data.index import Index, Row
 from vlcp_dist.data.manifest import Failure, StageFolder, Unit
 from vlcp_dist.data.sources import Source, SourceError, open_source
@@ -43,9 +45,20 @@ class Run:
         """The model of this run: the user's, or the folder that the pretrain stage made."""
         return self.cfg.diffusion.model or str(storage.local(self.folders["pretrain"].path / "model"))
 
-    def latents(self, shard_names: Iterable[str]) -> shards.Arrays:
-        """Latents by sample key, fp16 (4, h, w), memory-mapped."""
-        return shards.Arrays(self.folders["encode"].path / f"{name}.tar" for name in shard_names)
+    def latents(self, shard_names: Iterable[str], *, flipped: bool = False) -> shards.Arrays:
+        """Latents by sample key, fp16 (4, h, w), memory-mapped: those of the images, or of the mirrored images.
+
+        Raises:
+            ValueError: the mirrored images have not been encoded.
+        """
+        if flipped and not self.cfg.encode.horizontal_flip:
+            raise ValueError("there are latents of mirrored images only with encode.horizontal_flip=true")
+        folder = self.folders["encode"].path
+        return shards.Arrays((folder / f"{name}.tar" for name in shard_names), "flip.npy" if flipped else "npy")
+
+    def pack(self, class_id: str) -> packs.ClassPack:
+        """All latents of a class, fp16 (n, 4, h, w), memory-mapped, and their keys in the index's order."""
+        return packs.load(self.folders["pack"].path, class_id)
 
     def descriptions(self, shard_names: Iterable[str]) -> dict[str, str]:
         """Descriptions by sample key."""
@@ -91,12 +104,23 @@ class Run:
     ) -> tuple[list[Row], list[Any], list[Failure]]:
         """As `decode`, but uint8 arrays (3, size, size)."""
         good, arrays, failed = [], [], []
-        for item in encoded:  # one by one: decoded photographs are large
-            rows, images, bad = self.decode([item])
-            good += rows
-            arrays += [to_array(image, size, crop=crop) for image in images]
-            failed += bad
+        for row, data in encoded:
+            square = self.square(row, data, size, crop=crop)
+            if isinstance(square, Failure):
+                failed.append(square)
+            else:
+                good.append(row)
+                arrays.append(square)
         return good, arrays, failed
+
+    def square(self, row: Row, data: Encoded, size: int, *, crop: Literal["squash", "center"]) -> np.ndarray | Failure:
+        """An image as a uint8 array (3, size, size), or why it cannot be decoded."""
+        try:
+            if isinstance(data, BadImage):
+                raise data
+            return to_square(decode_pixels(data, max_pixels=self.cfg.data.max_pixels), size, crop=crop)
+        except BadImage as error:
+            return Failure(row.key, str(error), row.ref)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"cfg": self.cfg, "folders": self.folders}

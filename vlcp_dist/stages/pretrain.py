@@ -58,4 +58,5 @@ STAGE = Stage(
     units=units,
     worker=Worker,
     threads=_threads,
+    version=2,
 )
