@@ -64,11 +64,11 @@ def test_ctrl_c_in_fine_tuning_writes_a_checkpoint_and_goes_on_from_it(tmp_path,
     root = tmp_path / "run"
     long = ["finetune.checkpoint_every=100000", "finetune.epochs=12"]
     process = start(root, f"engine.kind={engine}", *long, interval="0.2")
-    until(process, r"finetune: .*step (?!1/)\d+/")
+    until(process, r"finetune: .*unet step (?!1/)\d+/")
     os.killpg(process.pid, signal.SIGINT)
     _, rest = process.communicate()
     assert process.returncode == 130, rest
-    assert list(root.glob("finetune-*/checkpoint.safetensors"))
+    assert list(root.glob("finetune-*/checkpoint-*.json"))
     arguments = ["-c", str(MICRO), f"root={root}", "engine=serial", *SMALL, *long]
     row = next(r for r in json.loads(vlcp("plan", *arguments, "--json").stdout) if r["stage"] == "finetune")
     assert re.fullmatch(r"\d+ steps", row["rate_from"]) and row["worker_seconds_left"] > 0
@@ -82,7 +82,7 @@ def test_ctrl_c_in_fine_tuning_writes_a_checkpoint_and_goes_on_from_it(tmp_path,
     [
         (r"caption: 1 of 15", (signal.SIGINT, signal.SIGINT), 130),
         (r"caption: 1 of 15", (signal.SIGTERM,), 143),
-        (r"finetune: .*step (?!1/)\d+/", (signal.SIGTERM,), 143),
+        (r"finetune: .*unet step (?!1/)\d+/", (signal.SIGTERM,), 143),
     ],
 )
 def test_two_ctrl_c_or_a_sigterm_end_it_at_once(small_reference, tmp_path, moment, signals, code):

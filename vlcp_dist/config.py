@@ -47,6 +47,13 @@ StageName = Literal[
     "baselines",
     "evaluate",
 ]
+DEEPSPEED = Path(__file__).parents[1] / "configs" / "deepspeed"  # of a checkout
+ZERO1 = {"zero_optimization": {"stage": 1, "overlap_comm": True}}
+# What `finetune.deepspeed` must leave to the trainer.
+DEEPSPEED_OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+)  # fmt: skip
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -135,11 +142,42 @@ class Finetune(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples trained without text")
-    gradient_checkpointing: bool = _knob(True)
-    micro_batch_size: int = _knob(8, ge=1, description="samples of one worker that go through the U-Net at once")
+    snr_gamma: float | None = Field(None, gt=0, description="weigh the loss with min(SNR, gamma) / SNR, such as 5")
+    lora_rank: int | None = Field(None, ge=1, description="train adapters of this rank on the attention (needs peft)")
     num_threads: int = Field(1, ge=1, description="CPU threads of one worker")
+    strategy: Literal["deepspeed", "ddp"] = _knob("deepspeed")
+    deepspeed: dict[str, Any] = _knob(ZERO1, description="zero1, zero2, zero2_offload, or the path of a JSON")
     workers: int = _knob(1, ge=1)
-    checkpoint_every: int = _knob(500, ge=1, description="steps")
+    elastic: bool = _knob(False, description="go on with fewer workers when one is lost and cannot be replaced")
+    micro_batch_size: int = _knob(8, ge=1, description="samples of one worker that go through the U-Net at once")
+    gradient_checkpointing: bool = _knob(True)
+    channels_last: bool = _knob(True)
+    compile: bool = _knob(False, description="torch.compile the U-Net: minutes at the start, faster steps")
+    text_cache_gib: float = _knob(
+        8.0, ge=0, description="text embeddings are kept where they fit in so many GiB, else token ids"
+    )
+    checkpoint_every: int = _knob(500, ge=1, description="steps; at the end of an epoch always")
+    checkpoints_kept: int = _knob(2, ge=1)
+    sample_images: int = _knob(4, ge=0, description="images at fixed descriptions after every epoch, for the report")
+    trackers: list[Literal["tensorboard", "wandb"]] = _knob(["tensorboard"])
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _contents_of_its_file(cls, value: Any) -> Any:
+        """Read where the configuration is read: the workers' machines need not have the file."""
+        return _deepspeed_settings(value) if isinstance(value, str) else value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _zero_1_or_2(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if ours := [name for name in DEEPSPEED_OURS if name in value]:
+            raise ValueError(f"{ours[0]} is set by fine-tuning itself; remove it from the DeepSpeed settings")
+        stage = value.get("zero_optimization", {}).get("stage")
+        if stage not in (1, 2):
+            raise ValueError(
+                f"zero_optimization.stage is {stage}; it must be 1 or 2: every worker holds the whole U-Net"
+            )
+        return value
 
 
 class Prototypes(Section):
@@ -391,11 +429,7 @@ class Config(Section):
             missing = [ipc for ipc in wanted if ipc not in evaluate.epochs]
             if missing:
                 raise ValueError(f"evaluate.epochs has no entry for {missing} (0 is the full data); add them")
-        if self.finetune.batch_size % self.finetune.workers:
-            raise ValueError(
-                f"finetune.batch_size {self.finetune.batch_size} is not divisible by "
-                f"finetune.workers {self.finetune.workers}"
-            )
+        _check_global_batch(self.finetune.batch_size, self.finetune.workers)
         return self
 
 
@@ -489,6 +523,33 @@ def _absolute(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and (key == "path" or Path(value).exists()) and "://" not in value:
             values[key] = str(Path(value).absolute())
     return tree
+
+
+def _check_global_batch(batch_size: int, workers: int) -> None:
+    """Every worker takes as many samples of a batch as the others."""
+    if batch_size % workers == 0:
+        return
+    below, above = batch_size // workers * workers, -(-batch_size // workers) * workers
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    fewer = next(n for n in range(workers, 0, -1) if batch_size % n == 0)
+    more = next(n for n in range(workers, batch_size + 1) if batch_size % n == 0) if workers < batch_size else fewer
+    counts = " or ".join(str(count) for count in sorted({fewer, more}))
+    raise ValueError(
+        f"finetune.batch_size {batch_size} is not divisible by finetune.workers {workers}: the nearest are "
+        f"batch_size {sizes}, or workers {counts}"
+    )
+
+
+def _deepspeed_settings(name: str) -> Any:
+    """What the file of a name (`configs/deepspeed/<name>.json`) or a path holds."""
+    known = sorted(path.stem for path in DEEPSPEED.glob("*.json"))
+    path = DEEPSPEED / f"{name}.json" if name in known else Path(name)
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{name} is none of {', '.join(known)} and cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

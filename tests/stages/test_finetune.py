@@ -1,7 +1,6 @@
 """Fine-tuning is what a plain loop of PyTorch gives, whether or not it was interrupted."""
 
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -10,24 +9,32 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from vlcp_dist.data import checkpoints, shards
+from vlcp_dist.engine import ray_train
+from vlcp_dist.errors import InputError
+from vlcp_dist.ops.order import batches
 from vlcp_dist.stages import base, finetune
-from vlcp_dist.stages.finetune import batches
 
-SHAPE = (4, 2, 2)
 FOUR_STEPS = ("finetune.epochs=1", "finetune.batch_size=32", "finetune.text_dropout=0.0")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def train(run):
-    """Every file of a training by name, and what its marker would say."""
+    """Every file of a training by name, and what its marker would say. What is for its way only is left behind."""
     worker = finetune.Worker(run)
     (unit,) = finetune.units(run)
     outcome = worker.process(unit, worker.read(unit))
     files = {name: x if isinstance(x, bytes) else x.read_bytes() for name, x in outcome.files.items()}
     return files, outcome.info
+
+
+def clear(run):
+    """A folder in which a training begins anew."""
+    shutil.rmtree(run.folders["finetune"].path, ignore_errors=True)
+    return run
 
 
 def samples(run):
@@ -68,9 +75,11 @@ def by_hand(run):
         prompts = [texts[row] if keep else "" for row, keep in zip(batch.rows, batch.keep_text, strict=True)]
         tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         with torch.no_grad():
-            condition = text_encoder(tokens.input_ids.to(device))[0]
+            condition = text_encoder(tokens.input_ids.to(device))[0].half().float()  # as they are kept
         predicted = unet(noisy.to(device), batch.timesteps.to(device), condition).sample
-        loss = ((predicted - batch.noise.to(device)) ** 2).mean()
+        ratio = (share / (1 - share)).flatten().to(device)
+        weight = torch.ones_like(ratio) if cfg.snr_gamma is None else ratio.clamp(max=cfg.snr_gamma) / ratio
+        loss = (((predicted - batch.noise.to(device)) ** 2).mean((1, 2, 3)) * weight).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
@@ -91,10 +100,11 @@ def by_hand(run):
         "max_grad_norm=0.05",
         "weight_decay=2.0",
         "micro_batch_size=5",
+        "snr_gamma=5.0",
     ],
 )
 def test_training_is_that_of_a_plain_loop(run_with, setting):
-    run = run_with(*FOUR_STEPS, f"finetune.{setting}")
+    run = clear(run_with(*FOUR_STEPS, f"finetune.{setting}"))
     files, info = train(run)
     weights, losses = by_hand(run)
     start = load_file(Path(run.diffusion_model) / WEIGHTS)
@@ -110,22 +120,123 @@ def test_training_is_that_of_a_plain_loop(run_with, setting):
 
 
 def test_history_holds_the_rates_of_the_warm_up(run_with):
-    run = run_with(*FOUR_STEPS, "finetune.warmup_steps=2", "finetune.learning_rate=0.001")
+    run = clear(run_with(*FOUR_STEPS, "finetune.warmup_steps=2", "finetune.learning_rate=0.001"))
     history = json.loads(train(run)[0]["training.json"])
     assert history["learning_rate"] == pytest.approx([0.0005, 0.001, 0.001, 0.001])
 
 
 def test_an_interrupted_training_ends_with_the_same_bytes(run_with):
     settings = [*FOUR_STEPS, "finetune.batch_size=24", "finetune.warmup_steps=4", "finetune.text_dropout=0.3"]
-    straight, _ = train(run_with(*settings, "finetune.checkpoint_every=100"))
-    run = run_with(*settings, "finetune.checkpoint_every=2")
+    straight, _ = train(clear(run_with(*settings, "finetune.checkpoint_every=100")))
+    run = clear(run_with(*settings, "finetune.checkpoint_every=2"))
     checkpointed, first = train(run)  # five steps: the checkpoint of the fourth stays behind
+    assert {name[:19] for name in checkpoints.names(run.folders["finetune"].path)} == {
+        "checkpoint-00000002",
+        "checkpoint-00000004",
+    }
     resumed, second = train(run)
     assert (first["resumed_at_step"], second["resumed_at_step"]) == (0, 4)
+    assert straight.keys() == checkpointed.keys() == resumed.keys()
     assert straight == checkpointed
-    assert straight.keys() == resumed.keys()
     assert json.loads(straight["training.json"]) == json.loads(resumed["training.json"])
     assert straight == resumed
+
+
+def test_the_result_is_a_folder_that_diffusers_loads(run_with, whole, tmp_path):
+    files, _ = train(clear(run_with(*FOUR_STEPS)))
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a seven", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (32, 32, 3) and np.isfinite(image).all()
+    assert pipe.scheduler.__class__.__name__ == "PNDMScheduler"
+    place = str(Path(whole.diffusion_model).parent).encode()
+    assert not [name for name, data in files.items() if place in data]  # nor of this machine's folders
+    vae = Path(whole.diffusion_model) / "vae" / "diffusion_pytorch_model.safetensors"
+    assert all(torch.equal(a, load_file(vae)[name]) for name, a in load(files[f"vae/{vae.name}"]).items())
+
+
+def test_adapters_are_merged_into_the_result(run_with):
+    run = clear(run_with(*FOUR_STEPS, "finetune.lora_rank=2", "finetune.learning_rate=0.01"))
+    exported = load(train(run)[0][WEIGHTS])
+    start = load_file(Path(run.diffusion_model) / WEIGHTS)
+    assert exported.keys() == start.keys()
+    changed = {name for name, value in start.items() if not torch.equal(exported[name], value)}
+    assert changed and all(re.search(r"\.to_(q|k|v|out\.0)\.weight", name) for name in changed)
+    change = exported[min(changed)] - start[min(changed)]
+    assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= 2
+
+
+def test_cached_embeddings_and_token_ids_train_the_same(run_with):
+    settings = [*FOUR_STEPS, "finetune.text_dropout=0.3"]
+    embedded, first = train(clear(run_with(*settings)))
+    tokens, second = train(clear(run_with(*settings, "finetune.text_cache_gib=0.0")))
+    assert (first["text"], second["text"]) == ("embeddings", "tokens")
+    assert json.loads(tokens["training.json"])["loss"] == pytest.approx(
+        json.loads(embedded["training.json"])["loss"], rel=1e-5
+    )
+
+
+def test_samples_are_shown_after_every_epoch(run_with):
+    run = clear(run_with("finetune.sample_images=3", "finetune.epochs=2"))
+    train(run)
+    folder = run.folders["finetune"].path
+    assert sorted(str(path.relative_to(folder / "samples")) for path in folder.glob("samples/*/*.png")) == [
+        f"epoch={epoch:03d}/{i}.png" for epoch in (1, 2) for i in range(3)
+    ]
+    prompts = json.loads((folder / "samples" / "prompts.json").read_text())
+    keys, _, texts = samples(run)
+    assert {p["key"]: p["description"] for p in prompts} == {
+        keys[i]: texts[i] for i in (0, len(keys) // 3, 2 * len(keys) // 3)
+    }
+    assert list((folder / "tensorboard").glob("events*"))
+    steps, rates, workers = zip(*json.loads((folder / "speed.json").read_text()), strict=True)
+    assert list(steps) == sorted(steps) and min(rates) > 0 and set(workers) == {1}
+
+
+def without(run, stage, victims):
+    """The run with a copy of a stage's folder whose tars lack some samples."""
+    source = run.folders[stage].path
+    copy = source.with_name(f"{source.name}-damaged")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source, copy)
+    for path in copy.glob("*.tar"):
+        kept = [(key, parts) for key, parts in shards.read(path) if key not in victims]
+        path.write_bytes(shards.pack(kept))
+    run.folders[stage].path = copy
+    return run
+
+
+def test_missing_latents_and_descriptions_are_listed_and_fatal_above_the_limit(run_with):
+    settings = [*FOUR_STEPS, "finetune.learning_rate=0.003"]
+    keys, _, _ = samples(run_with())
+    run = without(clear(run_with(*settings, "max_failed_samples=2")), "encode", {keys[3]})
+    run = without(run, "caption", {keys[50]})
+    worker, (unit,) = finetune.Worker(run), finetune.units(run)
+    outcome = worker.process(unit, None)
+    assert {(f.key, f.reason) for f in outcome.failed} == {(keys[3], "no latent"), (keys[50], "no description")}
+    assert outcome.n_in == len(keys)
+    run = without(clear(run_with(*settings, "max_failed_samples=1")), "encode", {keys[3], keys[7]})
+    with pytest.raises(InputError, match=rf"2 of {len(keys)} .*max_failed_samples is 1(.|\n)*{keys[3]}.*no latent"):
+        train(run)
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_both_shapes(run_with):
+    run = clear(run_with(*FOUR_STEPS, "finetune.batch_size=24", "finetune.checkpoint_every=2"))
+    train(run)
+    folder = run.folders["finetune"].path
+    path = folder / "checkpoint-00000004.weights.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"] = torch.zeros(7, 4, 3, 3)
+    save_file(weights, path)
+    metadata = folder / "checkpoint-00000004.json"
+    record = json.loads(metadata.read_text())
+    record["files"][path.name]["bytes"] = path.stat().st_size
+    metadata.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"conv_in\.weight is \[7, 4, 3, 3\] in it and \[32, 4, 3, 3\] in this model"):
+        train(run)
 
 
 def test_a_checkpoint_that_the_disk_garbles_is_an_error(run_with, monkeypatch):
@@ -134,104 +245,38 @@ def test_a_checkpoint_that_the_disk_garbles_is_an_error(run_with, monkeypatch):
         data[-1] ^= 1
         Path(target).write_bytes(data)
 
-    run = run_with(*FOUR_STEPS, "finetune.learning_rate=0.002", "finetune.checkpoint_every=2")
+    run = clear(run_with(*FOUR_STEPS, "finetune.learning_rate=0.002", "finetune.checkpoint_every=2"))
+    train(run)
+    for name in checkpoints.names(run.folders["finetune"].path):
+        (run.folders["finetune"].path / name).unlink()
     monkeypatch.setattr(shutil, "copyfile", garble)
     with pytest.raises(OSError, match=r"checkpoint.*read back other bytes"):
         train(run)
-    assert not [path for path in run.folders["finetune"].path.iterdir() if "checkpoint" in path.name]
+    assert checkpoints.newest(run.folders["finetune"].path) is None
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_names_the_samples(run_with):
-    run = run_with(*FOUR_STEPS, "finetune.learning_rate=1.0e+30")
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_samples_and_keeps_the_last_checkpoint(run_with):
+    settings = [*FOUR_STEPS, "finetune.learning_rate=1.0e+30", "finetune.warmup_steps=3", "finetune.checkpoint_every=1"]
+    run = clear(run_with(*settings))
     keys, latents, _ = samples(run)
-    with pytest.raises(ValueError, match="loss is nan at step 2") as caught:
+    with pytest.raises(ValueError, match=r"at step (\d)") as caught:
         train(run)
-    second = list(planned(run, len(keys), latents.shape[1:]))[1]
+    step = int(re.search(r"at step (\d)", str(caught.value))[1])
+    batch = list(planned(run, len(keys), latents.shape[1:]))[step - 1]
     named = re.findall(r"digit-\d-\d{4}", str(caught.value))
-    assert named and set(named) <= {keys[row] for row in second.rows}
+    assert named and set(named) <= {keys[row] for row in batch.rows}
     assert "finetune.learning_rate" in str(caught.value)
-
-
-SIZES = [(1, 1), (5, 2), (7, 3), (9, 4), (16, 8), (13, 6), (33, 32), (5, 50)]
-
-
-def listed(n, batch_size, **changes):
-    settings = {"shape": SHAPE, "epochs": 3, "text_dropout": 0.3, "seed": 5}
-    return list(batches(n, batch_size=batch_size, **(settings | changes)))
-
-
-def counted(batch):
-    return batch.rows if batch.weight else []
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize(("n", "batch_size"), SIZES)
-def test_every_sample_comes_once_an_epoch(n, batch_size, world):
-    ranks = [listed(n, batch_size, rank=rank, world=world) for rank in range(world)]
-    steps = math.ceil(n / batch_size)
-    assert {len(mine) for mine in ranks} == {3 * steps}
-    for epoch in range(3):
-        seen = [row for mine in ranks for batch in mine[epoch * steps : (epoch + 1) * steps] for row in counted(batch)]
-        assert sorted(seen) == list(range(n))
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize(("n", "batch_size"), SIZES)
-def test_ranks_share_out_what_one_process_sees(n, batch_size, world):
-    """Each sample keeps its noise, timestep and text, and the mean over ranks is the mean over the global batch."""
-    value = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    parts = [listed(n, batch_size, rank=rank, world=world) for rank in range(world)]
-    for alone, *shared in zip(listed(n, batch_size), *parts, strict=True):
-        assert alone.weight == 1
-        where = {row: i for i, row in enumerate(alone.rows)}
-        for part in shared:
-            assert part.rows  # every process takes part in every step
-            places = [where[row] for row in part.rows]
-            assert torch.equal(part.noise, alone.noise[places])
-            assert torch.equal(part.timesteps, alone.timesteps[places])
-            assert torch.equal(part.keep_text, alone.keep_text[places])
-        mean = sum(part.weight * value[part.rows].mean() for part in shared) / world
-        assert mean == pytest.approx(value[alone.rows].mean().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("start", [1, 3, 4, 11])
-def test_a_later_start_sees_the_same_batches(start):
-    expected, later = listed(13, 4)[start:], listed(13, 4, start=start)
-    assert [batch.rows for batch in later] == [batch.rows for batch in expected]
-    for a, b in zip(later, expected, strict=True):
-        assert torch.equal(a.noise, b.noise)
-        assert torch.equal(a.timesteps, b.timesteps)
-        assert torch.equal(a.keep_text, b.keep_text)
-
-
-def test_order_and_noise_change_with_epoch_step_and_seed():
-    steps = listed(64, 32)
-    assert steps[0].rows != steps[2].rows != steps[4].rows
-    assert len({batch.noise.numpy().tobytes() for batch in steps}) == len(steps)
-    assert len({batch.timesteps.numpy().tobytes() for batch in steps}) == len(steps)
-    other = listed(64, 32, seed=6)
-    assert other[0].rows != steps[0].rows and not torch.equal(other[0].noise, steps[0].noise)
-
-
-def test_noise_is_normal_timesteps_uniform_and_texts_are_dropped_by_their_share():
-    steps = listed(1000, 500)
-    noise = torch.cat([batch.noise for batch in steps])
-    assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
-    times = torch.cat([batch.timesteps for batch in steps]).float()
-    assert 0 <= times.min() < 10 and 990 <= times.max() < 1000 and abs(times.mean().item() - 499.5) < 25
-    kept = torch.cat([batch.keep_text for batch in steps]).float().mean().item()
-    assert kept == pytest.approx(0.7, abs=0.04)
-    assert all(batch.keep_text.all() for batch in listed(50, 8, text_dropout=0.0))
-    assert not any(batch.keep_text.any() for batch in listed(50, 8, text_dropout=1.0))
+    kept = checkpoints.newest(run.folders["finetune"].path)
+    assert (kept["step"] if kept else 0) == step - 1
 
 
 def test_what_is_wrong_with_the_input_is_not_tried_again(run_with):
     """Ray Train starts all processes again after any error: a second start finds the reason and trains nothing."""
-    run = run_with("finetune.epochs=3")
+    run = clear(run_with("finetune.epochs=3"))
     stage = finetune.STAGE
     (unit,) = stage.units(run)
     folder = run.folders["finetune"]
     folder.path.mkdir(parents=True)
-    (folder.path / finetune.FINAL_ERROR).write_text("{}")
-    finetune._train_loop({"job": stage.job(run), "unit": unit})
+    (folder.path / ray_train.FINAL_ERROR).write_text("{}")
+    ray_train._train_loop({"job": stage.job(run), "unit": unit})
     assert folder.marker(unit.name) is None

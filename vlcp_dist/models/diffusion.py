@@ -32,6 +32,8 @@ SD15_FILES = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
+# Decoding takes several times the memory of denoising: in slices it never decides the batch size.
+DECODE_BATCH = 8
 
 
 def load_vae(

@@ -11,15 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vlcp_dist.models.diffusion import check_finite, missing_weights, quiet
+from vlcp_dist.models.diffusion import DECODE_BATCH, check_finite, missing_weights, quiet
 
 # diffusers shows type checkers an empty stand-in of this class.
 StableDiffusionImg2ImgPipeline = Any
 
 Scheduler = Literal["pndm", "ddim", "dpmsolver++"]
 
-# Decoding takes several times the memory of denoising: in slices it never decides the batch size.
-DECODE_BATCH = 8
 # Windows of text whose embeddings are kept: 118 KB each for SD v1-5 in half precision.
 KEPT_WINDOWS = 1024
 _TEXT_BATCH = 64
