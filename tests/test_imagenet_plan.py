@@ -1,4 +1,4 @@
-"""configs/imagenet1k.yaml against an index of ImageNet's size: what it would do is known before a single image is there."""
+"""configs/imagenet1k.yaml against an index of ImageNet's size: what it would do is known before there is an image."""
 
 import json
 from pathlib import Path
