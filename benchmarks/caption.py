@@ -63,17 +63,18 @@ def measure(device: str = "cpu", size: str = "tiny") -> list[Row]:
     lengths = f"{min(work.lengths)} to {max(work.lengths)}" if size == "tiny" else f"{TOKENS}, a fixed number"
     told = f"batch {work.batch_size}, tokens an answer: {lengths}"
     saved = f"decoding a JPEG on one core: {100 * decoded * rate:.1f}% of the time it takes to describe it"
+    one_pass = f"{saved}; one pass with encode saves that at most"
     return [
-        _row("throughput", rate, single, "images/s", f"against one at a time; {told}", ceiling=bound),
-        _row("refill", rate, together, "images/s", "against places that are refilled once all are free"),
-        _row("batches", rate, batches, "images/s", "against batches by generate, which wait for the longest answer"),
-        _row("waiting", 100 * waiting, None, "%", "of the time in which no image was ready"),
-        _row("one_pass", 1000 * decoded, 1000 / rate, "ms/image", f"{saved}; one pass with encode saves that at most"),
-        _row("imagenet", IMAGENET / rate / 3600, IMAGENET / single / 3600, "hours", f"{IMAGENET:,} images, one device"),
+        _row("throughput", rate, single, "images/s", note=f"against one at a time; {told}", ceiling=bound),
+        _row("refill", rate, together, "images/s", note="against places that are refilled once all are free"),
+        _row("batches", rate, batches, "images/s", note="against batches by generate: all wait for the longest answer"),
+        _row("waiting", 100 * waiting, None, "%", note="of the time in which no image was ready"),
+        _row("one_pass", 1000 * decoded, 1000 / rate, "ms/image", note=one_pass),
+        _row("imagenet", *(IMAGENET / r / 3600 for r in (rate, single)), "hours", note=f"{IMAGENET:,} images on one"),
     ]
 
 
-def _row(name: str, ours: float, baseline: float | None, unit: str, note: str, ceiling: float | None = None) -> Row:
+def _row(name: str, ours: float, baseline: float | None, unit: str, *, note: str, ceiling: float | None = None) -> Row:
     """The ratio says how many times better ours is."""
     ratio = None
     if baseline is not None:
