@@ -132,7 +132,7 @@ def _core_rates(files: list[bytes], side: int, crop: str) -> dict[str, float]:
 def _what(device: str, size: str) -> Size:
     cores = os.cpu_count() or 1
     if size == "tiny":
-        return Size((16, 32, 32), 1, 8, 64, 32, images=128, singly=64, distinct=32, decoders=max(1, cores - 1))
+        return Size((16, 32, 32), 1, 8, 64, 16, images=512, singly=64, distinct=32, decoders=max(1, cores - 1))
     sd15 = (128, 256, 512, 512), 2, 32, 512
     if device == "cuda":
         return Size(*sd15, batch_size=32, images=4096, singly=128, distinct=512, decoders=16)
@@ -170,7 +170,7 @@ def _autoencoder(what: Size) -> Any:
 
 
 def _run(folder: Path, what: Size, *, compiled: bool = False) -> Run:
-    """The index of a run on these images, made; shards as large as a quarter of them."""
+    """The index of a run on these images, made; two shards."""
     cfg = Config.model_validate(
         {
             "root": str(folder / "run"),
@@ -178,7 +178,7 @@ def _run(folder: Path, what: Size, *, compiled: bool = False) -> Run:
                 "source": "imagefolder",
                 "path": str(folder / "images"),
                 "validation": 0.0,
-                "shard_size": max(1, what.images // 4),
+                "shard_size": what.images // 2,
             },
             "diffusion": {"model": str(folder / "model")},
             "encode": {"image_size": what.side, "batch_size": what.batch_size, "compile": compiled},
