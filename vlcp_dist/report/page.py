@@ -1,4 +1,4 @@
-"""Writes `<root>/report/`: the page `index.html`, `results.json`, and the `config.yaml` that repeats the run."""
+"""Writes `<root>/report/`: `index.html`, a page per class, `results.json`, and a `config.yaml` that repeats the run."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlcp_dist.config import Config
 from vlcp_dist.data import storage
-from vlcp_dist.report import figures, material, tables
+from vlcp_dist.report import classes, figures, material, tables
 from vlcp_dist.report.material import Material
 from vlcp_dist.report.results import results, summarize
 from vlcp_dist.status import StageStatus, failures
@@ -34,7 +34,7 @@ PRETRAIN = {
 def write(cfg: Config, states: list[StageStatus]) -> storage.Location:
     """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
 
-    The page loads nothing from elsewhere. The same run gives the same page.
+    The page loads nothing from elsewhere; it links to a page for each class. The same run gives the same page.
     """
     folder = storage.locate(cfg.root) / "report"
     records = results(states)
@@ -42,12 +42,16 @@ def write(cfg: Config, states: list[StageStatus]) -> storage.Location:
     storage.write(folder / "results.json", (json.dumps(short, indent=1) + "\n").encode())
     settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
     storage.write(folder / "config.yaml", settings.encode())
+    found, environment = Material(cfg, states), _environment()
+    if found.indexed:
+        classes.write(found, folder / "classes", environment)
     page = folder / "index.html"
-    storage.write(page, _render(_context(cfg, states, records, settings)).encode())
+    context = _context(found, records, settings)
+    storage.write(page, f"{environment.get_template('page.html').render(context)}\n".encode())
     return page
 
 
-def _render(context: dict[str, Any]) -> str:
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("vlcp_dist", "report"),
         autoescape=True,
@@ -56,11 +60,11 @@ def _render(context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"mib": lambda n: f"{n / 2**20:,.1f}", "signed": tables.signed}
-    return environment.get_template("page.html").render(context) + "\n"
+    return environment
 
 
-def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
-    found = Material(cfg, states)
+def _context(found: Material, records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
+    cfg, states = found.cfg, list(found.states.values())
     summaries = summarize(records)
     nets = [net for net in cfg.evaluate.nets if _of_net(records, net)]
     stage_rows = [_stage_row(state) for state in states]
