@@ -113,7 +113,7 @@ def seed_labels(stack: Stack, owner: Tensor, k: int, draws: Tensor, within: Tens
     """
     valid, counts = stack.valid[owner], stack.counts[owner]
     if within is None:
-        first = (draws[:, 0, :1] * counts[:, None]).long()
+        first = (draws[:, 0, :1] * counts[:, None]).long().minimum(counts[:, None] - 1)
         closest = _to_points(stack, owner, first)[:, 0] * valid
         labels, done = torch.zeros_like(valid, dtype=torch.long), 1
     else:
