@@ -6,9 +6,8 @@ since are left as they are.
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
-
-from jinja2 import Environment
 
 import vlcp_dist
 from vlcp_dist.data import storage
@@ -20,21 +19,20 @@ _MADE_FROM = re.compile(rb'<meta name="made-from" content="([0-9a-f]*)">')
 _THREADS = 4
 
 
-def write(material: Material, folder: storage.Location, environment: Environment) -> None:
-    """Write the pages of all classes that have prototypes."""
+def write(material: Material, folder: storage.Location, render: Callable[[str, dict[str, Any]], str]) -> None:
+    """Write the pages of all classes that have prototypes; `render` fills a template."""
     ipcs = material.ipcs_with("prototypes")
     todo = [info for info in material.classes if any(material.has_table(ipc, info.id) for ipc in ipcs)]
     before = storage.fetch([folder / f"{info.id}.html" for info in todo], missing=b"")
     digests = _digests(material, ipcs)
     changed = [info for info, page in zip(todo, before, strict=True) if _made_from(page) != digests[info.id]]
-    template = environment.get_template("class.html")
 
     def draw(info: ClassInfo) -> None:
         context = _context(material, info, ipcs)
-        grey = any(row.key in material.unreadable for row in material.rows(info.id))
+        grey = any(c["nearest"] in material.unreadable for table in context["tables"] for c in table["clusters"])
         # A page with a grey picture is drawn again the next time: the image may be there then.
-        page = template.render(context, made_from="" if grey else digests[info.id])
-        storage.publish(folder / f"{info.id}.html", f"{page}\n".encode())
+        page = render("class.html", {**context, "made_from": "" if grey else digests[info.id]})
+        storage.publish(folder / f"{info.id}.html", page.encode())
 
     concurrently(draw, changed, threads=_THREADS)
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from PIL import Image
@@ -21,6 +21,7 @@ from vlcp_dist.status import StageStatus
 SHOWN_CLASSES = 20
 SHOWN_CLUSTERS = 10
 SHOWN_OUTLIERS = 6
+KEPT = 64  # classes whose rows and tables stay in memory: those shown, not all of a thousand
 
 
 class Material:
@@ -32,9 +33,9 @@ class Material:
         self.unreadable: dict[str, str] = {}  # real images by key, with the reason
         self._run = make_run(cfg, stages(cfg))
         self.tile_size = min(TILE, cfg.synthesize.image_size)
-        self.table = cache(self._table)
+        self.table = lru_cache(KEPT)(self._table)
         self.real = cache(self._real)
-        self.rows = cache(self._rows)
+        self.rows = lru_cache(KEPT)(self._rows)
 
     @property
     def indexed(self) -> bool:

@@ -4,6 +4,7 @@ import json
 import platform
 import shlex
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,15 +43,20 @@ def write(cfg: Config, states: list[StageStatus]) -> storage.Location:
     storage.write(folder / "results.json", (json.dumps(short, indent=1) + "\n").encode())
     settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
     storage.write(folder / "config.yaml", settings.encode())
-    found, environment = Material(cfg, states), _environment()
+    found = Material(cfg, states)
     if found.indexed:
-        classes.write(found, folder / "classes", environment)
+        classes.write(found, folder / "classes", render)
     page = folder / "index.html"
-    context = _context(found, records, settings)
-    storage.write(page, f"{environment.get_template('page.html').render(context)}\n".encode())
+    storage.write(page, render("page.html", _context(found, records, settings)).encode())
     return page
 
 
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page of this package's templates."""
+    return _environment().get_template(template).render(context) + "\n"
+
+
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("vlcp_dist", "report"),
