@@ -130,7 +130,8 @@ def test_page_loads_nothing_from_elsewhere(finished):
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "poster"):
-            assert re.match(r"data:image/(png|jpeg);base64,|#|$", attributes.get(name, "")), attributes
+            allowed = r"data:image/(png|jpeg);base64,|#|classes/digit-\d\.html$|$"
+            assert re.match(allowed, attributes.get(name, "")), attributes
     assert not re.search(r"url\(|@import|https?://", page.source)
     assert any("default-src 'none'" in meta.get("content", "") for meta in page.all("meta"))
 
@@ -168,6 +169,44 @@ def test_text_prototypes_and_outliers_are_those_of_the_prototypes(finished):
     alts = {image["alt"] for image in page.all("img")}
     for outlier in table["outliers"]:
         assert f"outlier {outlier['key']}" in alts and f"{outlier['score']:.2f}" in page.text("outliers")
+
+
+def test_each_class_has_a_page_with_all_its_clusters(finished):
+    cfg, states, page = finished
+    links = {link["href"] for link in page.all("a") if link["href"].startswith("classes/")}
+    assert links == {f"classes/digit-{d}.html" for d in range(3)}
+    folder = next(s.folder.path for s in states if s.stage.name == "prototypes")
+    for digit in range(3):
+        one = Page(Path(cfg.root) / f"report/classes/digit-{digit}.html")
+        source = " ".join(one.text(section) for section in one.sections)
+        for ipc in (1, 3):
+            table = json.loads((folder / f"ipc={ipc}/digit-{digit}.json").read_text())
+            for cluster in table["clusters"]:
+                assert cluster["description"] in source and cluster["nearest"] in source
+                assert ", ".join(cluster["members"]) in source
+                assert all(f"{word} {count}" in source for word, count in cluster["keywords"])
+            assert all(f"{outlier['key']} {outlier['score']:.3f}" in source for outlier in table["outliers"])
+            assert ", ".join(table["nonrepresentative"]) in source
+        alts = [image["alt"] for image in one.all("img")]
+        assert sum(alt.startswith("distilled") for alt in alts) == sum(alt.startswith("real") for alt in alts) == 3
+    assert "<b>zero" not in Page(Path(cfg.root) / "report/classes/digit-0.html").source
+
+
+def test_class_pages_are_drawn_anew_only_when_their_material_has_changed(finished, tmp_path):
+    cfg, _, _ = finished
+    shutil.copytree(cfg.root, tmp_path / "run")
+    copy = cfg.model_copy(update={"root": str(tmp_path / "run")})
+    pages = [tmp_path / f"run/report/classes/digit-{d}.html" for d in range(3)]
+    before = [page.read_bytes() for page in pages]
+    for page in pages[:2]:
+        page.write_bytes(before[0][:2000])
+    marker = next((tmp_path / "run").glob("prototypes-*/done/ipc=1_3/digit-1.json"))
+    marker.write_text(marker.read_text().replace('"sha256": "', '"sha256": "0', 1))
+    pages[2].unlink()
+    report.write(copy, pipeline.status(copy))
+    after = [page.read_bytes() for page in pages]
+    assert after[0] == before[0][:2000] and after[2] == before[2]
+    assert len(after[1]) > 2000
 
 
 def test_stage_table_and_configuration(finished):
@@ -223,8 +262,9 @@ def test_many_classes_and_lost_images_are_told(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr("vlcp_dist.stages.base.Run.read", lost)
     page = Page(report.write(cfg, pipeline.status(cfg)))
-    for section in ("images", "text", "outliers"):
+    for section in ("images", "outliers"):
         assert "1 more classes are not shown" in page.text(section) and "digit two" not in page.text(section)
+    assert "All 3 classes 1 of them not above" in page.text("text") and "digit two" in page.text("text")
     assert "DCS/ipc=3/" in page.text("images")
     assert "could not be read for this page" in page.text("time") and "the disk is gone" in page.text("time")
 

@@ -113,13 +113,12 @@ def seed_labels(stack: Stack, owner: Tensor, k: int, draws: Tensor, within: Tens
     """
     valid, counts = stack.valid[owner], stack.counts[owner]
     if within is None:
-        first = (draws[:, 0, :1] * counts[:, None]).long()
+        first = (draws[:, 0, :1] * counts[:, None]).long().minimum(counts[:, None] - 1)
         closest = _to_points(stack, owner, first)[:, 0] * valid
         labels, done = torch.zeros_like(valid, dtype=torch.long), 1
     else:
         done = int(within.max()) + 1
-        sq_distances, _ = _to_means(stack, owner, within, done)
-        closest, labels = sq_distances.clamp_(min=0).min(dim=1)
+        closest, labels = _to_means(stack, owner, within, done).clamp_(min=0).min(dim=1)
         closest = closest * valid
     for step in range(done, k):
         mass = _prefix_sums(closest)
@@ -129,17 +128,16 @@ def seed_labels(stack: Stack, owner: Tensor, k: int, draws: Tensor, within: Tens
         now = lowered[torch.arange(len(owner), device=owner.device), best]
         labels[now < closest] = step
         closest = now
-    return torch.where(valid, _filled(labels, closest, valid, k), -1)
+    return _filled(torch.where(valid, labels, -1), closest, k)
 
 
 def _run(stack: Stack, owner: Tensor, labels: Tensor, k: int, max_iter: int) -> tuple[Tensor, Tensor]:
     """Lloyd's iterations from `labels` (p, n), without empty clusters: the labels at the end and inertias (p,)."""
-    final, inertia = labels, torch.zeros(len(owner), dtype=torch.float64, device=owner.device)
-    final = labels.clone()
+    final, inertia = labels.clone(), torch.zeros(len(owner), dtype=torch.float64, device=owner.device)
     running = torch.arange(len(owner), device=owner.device)
     for step in range(max_iter + 1):
         mine = owner[running]
-        sq_distances, _ = _to_means(stack, mine, labels, k)
+        sq_distances = _to_means(stack, mine, labels, k)
         to_own = sq_distances.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         to_nearest, nearest = sq_distances.min(dim=1)
         # A point moves only for more than rounding could feign: else points between equal centres move for ever.
@@ -154,7 +152,7 @@ def _run(stack: Stack, owner: Tensor, labels: Tensor, k: int, max_iter: int) -> 
         running = running[goes_on]
         labels = torch.where(moves, nearest, labels)[goes_on]
         closest = torch.where(moves, to_nearest, to_own)[goes_on]
-        labels = _filled(labels, closest, labels >= 0, k)
+        labels = _filled(labels, closest, k)
     return final, inertia
 
 
@@ -166,18 +164,25 @@ def _to_points(stack: Stack, owner: Tensor, points: Tensor) -> Tensor:
     return (norms[:, None] + norms.gather(1, points)[:, :, None] - 2 * inner).clamp_(min=0)
 
 
-def _to_means(stack: Stack, owner: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances (p, k, n) from the cluster means of each start to all points, and sizes (p, k)."""
+def _to_means(stack: Stack, owner: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Squared distances (p, k, n) from the cluster means of each start to all points."""
     members = labels[:, None] == torch.arange(k, device=labels.device)[:, None]
-    sizes = members.sum(dim=2)
+    bags = _sizes(labels, k)
+    sizes = bags[:, 1:]
     # The rows of each cluster's members are added up; pads, with label -1, come first and make a bag of their own.
     in_order = labels.sort(dim=1, stable=True).indices + stack.n * owner[:, None]
-    bags = torch.cat([stack.n - sizes.sum(dim=1, keepdim=True), sizes], dim=1).flatten()
-    sums = embedding_bag(in_order.flatten(), stack.factor, bags.cumsum(0) - bags, mode="sum")
-    means = sums.view(len(labels), k + 1, -1)[:, 1:] / sizes.clamp(min=1)[:, :, None]
+    first = bags.flatten().cumsum(0) - bags.flatten()
+    sums = embedding_bag(in_order.flatten(), stack.factor, first, mode="sum")
+    means = sums.view(len(labels), k + 1, -1)[:, 1:] / sizes[:, :, None]
     inner = means if stack.is_whole else means @ stack.factor.T
-    own = (inner * members).sum(dim=2) / sizes.clamp(min=1)
-    return stack.sq_norms[owner][:, None] - 2 * inner + own[:, :, None], sizes
+    own = (inner * members).sum(dim=2) / sizes
+    return stack.sq_norms[owner][:, None] - 2 * inner + own[:, :, None]
+
+
+def _sizes(labels: Tensor, k: int) -> Tensor:
+    """How many points (p, k + 1) of each start are pads, and how many in each cluster."""
+    bins = labels + 1 + (k + 1) * torch.arange(len(labels), device=labels.device)[:, None]
+    return torch.bincount(bins.flatten(), minlength=len(labels) * (k + 1)).view(-1, k + 1)
 
 
 def _prefix_sums(mass: Tensor) -> Tensor:
@@ -188,12 +193,11 @@ def _prefix_sums(mass: Tensor) -> Tensor:
     return (mass @ torch.ones(n, n, dtype=mass.dtype, device=mass.device).triu()).cummax(dim=1).values
 
 
-def _filled(labels: Tensor, to_own: Tensor, valid: Tensor, k: int) -> Tensor:
+def _filled(labels: Tensor, to_own: Tensor, k: int) -> Tensor:
     """`labels` (p, n) where no cluster is empty: each empty one gets the point farthest from its own centre."""
-    sizes = (labels[:, None] == torch.arange(k, device=labels.device)[:, None]).logical_and_(valid[:, None]).sum(dim=2)
-    for start in (sizes == 0).any(dim=1).nonzero().flatten().tolist():
-        labels = labels.clone()
-        labels[start, valid[start]] = fill_empty(labels[start, valid[start]], to_own[start, valid[start]], k)
+    for start in (_sizes(labels, k)[:, 1:] == 0).any(dim=1).nonzero().flatten().tolist():
+        labels, valid = labels.clone(), labels[start] >= 0
+        labels[start, valid] = fill_empty(labels[start, valid], to_own[start, valid], k)
     return labels
 
 

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
-from functools import cache, cached_property
+from collections.abc import Collection, Iterable
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from PIL import Image
@@ -21,6 +21,7 @@ from vlcp_dist.status import StageStatus
 SHOWN_CLASSES = 20
 SHOWN_CLUSTERS = 10
 SHOWN_OUTLIERS = 6
+KEPT = 64  # classes whose rows and tables stay in memory: those shown, not all of a thousand
 
 
 class Material:
@@ -32,9 +33,9 @@ class Material:
         self.unreadable: dict[str, str] = {}  # real images by key, with the reason
         self._run = make_run(cfg, stages(cfg))
         self.tile_size = min(TILE, cfg.synthesize.image_size)
-        self.table = cache(self._table)
+        self.table = lru_cache(KEPT)(self._table)
         self.real = cache(self._real)
-        self.rows = cache(self._rows)
+        self.rows = lru_cache(KEPT)(self._rows)
 
     @property
     def indexed(self) -> bool:
@@ -77,23 +78,27 @@ class Material:
         return sorted(i for i in self.cfg.ipc if any(name.startswith(f"{prefix}ipc={i}/") for name in names))
 
     def _table(self, ipc: int, class_id: str) -> dict[str, Any] | None:
-        name = f"ipc={ipc}/{class_id}.json"
-        if name not in self.files.get("prototypes", ()):
+        if not self.has_table(ipc, class_id):
             return None
-        table: dict[str, Any] = json.loads((self.path("prototypes") / name).read_text())
+        table: dict[str, Any] = json.loads((self.path("prototypes") / f"ipc={ipc}/{class_id}.json").read_text())
         return table
+
+    def has_table(self, ipc: int, class_id: str) -> bool:
+        return f"ipc={ipc}/{class_id}.json" in self.files.get("prototypes", ())
 
     def _rows(self, class_id: str) -> list[Row]:
         return self._run.index.of_class(class_id)
 
     def _real(self, class_id: str, key: str) -> Image.Image:
-        """A training image as the method saw it (squashed or cropped), the size of a tile; grey if it is gone."""
-        row = next(row for row in self.rows(class_id) if row.key == key)
-        _, arrays, failed = self._run.arrays(self._run.read([row]), self.tile_size, crop=self.cfg.encode.resize)
-        if failed:
-            self.unreadable[key] = failed[0].reason
-            return blank(self.tile_size)
-        return Image.fromarray(arrays[0].transpose(1, 2, 0))
+        return self.reals(class_id, [key])[key]
+
+    def reals(self, class_id: str, keys: Collection[str]) -> dict[str, Image.Image]:
+        """Training images as the method saw them (squashed or cropped), the size of a tile; grey if they are gone."""
+        rows = [row for row in self.rows(class_id) if row.key in keys]
+        good, arrays, failed = self._run.arrays(self._run.read(rows), self.tile_size, crop=self.cfg.encode.resize)
+        self.unreadable |= {failure.key: failure.reason for failure in failed}
+        grey = {failure.key: blank(self.tile_size) for failure in failed}
+        return grey | {row.key: Image.fromarray(a.transpose(1, 2, 0)) for row, a in zip(good, arrays, strict=True)}
 
 
 def not_shown(material: Material, stage: str, below: str = "") -> str | None:
@@ -146,29 +151,55 @@ def strategy_rows(material: Material, ipc: int) -> dict[str, Any] | None:
 
 
 def text_prototypes(material: Material) -> dict[str, Any] | None:
-    """Per shown class the clusters of one IPC, the smallest above 1: image, size, keywords, description (Table 6)."""
-    ipcs = material.ipcs_with("prototypes")
-    if not ipcs:
+    """Per shown class the clusters of one IPC, the smallest above 1: images, size, keywords, description (Table 6)."""
+    ipc = table_ipc(material)
+    if ipc is None:
         return None
-    ipc = min((i for i in ipcs if i > 1), default=ipcs[0])
-    strategies = material.cfg.synthesize.strategies
-    strategy = "DCS" if "DCS" in strategies else strategies[0]
     classes = []
     for info in material.shown:
         table = material.table(ipc, info.id)
         if table:
-            clusters = [
-                {
-                    "number": c,
-                    "image": _uri(material, material.distilled(strategy, ipc, info.id, c)),
-                    "pieces": _pieces(cluster["description"], cluster["keywords"]),
-                    **cluster,
-                }
-                for c, cluster in enumerate(table["clusters"][:SHOWN_CLUSTERS])
-            ]
-            classes.append({"name": info.name, "nonrepresentative": table["nonrepresentative"], "clusters": clusters})
-    note = not_shown(material, "prototypes", f"ipc={ipc}/")
-    return {"ipc": ipc, "strategy": strategy, "classes": classes, "cut": ipc > SHOWN_CLUSTERS, "note": note}
+            classes.append({**class_table(material, info, ipc, most=SHOWN_CLUSTERS), "id": info.id})
+    others = [{"id": info.id, "name": info.name} for info in material.classes if material.has_table(ipc, info.id)]
+    return {
+        "ipc": ipc,
+        "strategy": text_strategy(material),
+        "classes": classes,
+        "cut": ipc > SHOWN_CLUSTERS,
+        "pages": others,
+        "hidden": len(material.classes) - len(material.shown),
+    }
+
+
+def table_ipc(material: Material) -> int | None:
+    """The IPC whose text prototypes are shown with images."""
+    ipcs = material.ipcs_with("prototypes")
+    return min((i for i in ipcs if i > 1), default=ipcs[0]) if ipcs else None
+
+
+def text_strategy(material: Material) -> str:
+    """The strategy whose images stand beside the texts."""
+    strategies = material.cfg.synthesize.strategies
+    return "DCS" if "DCS" in strategies else strategies[0]
+
+
+def class_table(material: Material, info: ClassInfo, ipc: int, *, most: int | None = None) -> dict[str, Any]:
+    """A class's clusters (at most `most`) at an IPC, each with its distilled image and the nearest real one."""
+    table = material.table(ipc, info.id)
+    assert table is not None
+    shown = table["clusters"][:most]
+    near = material.reals(info.id, {cluster["nearest"] for cluster in shown})
+    clusters = [
+        {
+            "number": c,
+            "image": _uri(material, material.distilled(text_strategy(material), ipc, info.id, c)),
+            "real": _uri(material, near[cluster["nearest"]]),
+            "pieces": pieces(cluster["description"], cluster["keywords"]),
+            **cluster,
+        }
+        for c, cluster in enumerate(shown)
+    ]
+    return {"name": info.name, "nonrepresentative": table["nonrepresentative"], "clusters": clusters}
 
 
 def outliers(material: Material) -> dict[str, Any] | None:
@@ -204,7 +235,7 @@ def _uri(material: Material, image: Image.Image | None) -> str | None:
     return data_uri(image, material.tile_size) if image else None
 
 
-def _pieces(text: str | None, keywords: Iterable[tuple[str, int]]) -> list[tuple[str, bool]]:
+def pieces(text: str | None, keywords: Iterable[tuple[str, int]]) -> list[tuple[str, bool]]:
     """The text in pieces, each with whether it is one of the keywords that it scored by."""
     words = {word for word, _ in keywords}
     return [(piece, piece.lower() in words) for piece in re.split(r"([^\W\d_]+)", text or "") if piece]

@@ -1,9 +1,10 @@
-"""Writes the report of a run: `index.html`, `results.json`, `stages.json`, and the `config.yaml` that repeats it."""
+"""Writes the report of a run: `index.html`, a page per class, tables as JSON, and a `config.yaml` that repeats it."""
 
 import json
 import platform
 import shlex
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlcp_dist.config import Config
 from vlcp_dist.data import storage
-from vlcp_dist.report import figures, material, tables
+from vlcp_dist.report import classes, figures, material, tables
 from vlcp_dist.report.material import Material
 from vlcp_dist.report.results import results, summarize
 from vlcp_dist.status import StageStatus, failures
@@ -34,8 +35,8 @@ PRETRAIN = {
 def write(cfg: Config, states: list[StageStatus], name: str = "") -> storage.Location:
     """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
 
-    It goes to `<root>/report/`, or to the folder `name` in it. The page loads nothing from elsewhere. The same run
-    gives the same page.
+    It goes to `<root>/report/`, or to the folder `name` in it. The page loads nothing from elsewhere; it links to a page
+    for each class. The same run gives the same page.
     """
     folder = storage.locate(cfg.root) / "report" / name
     records = results(states)
@@ -45,8 +46,11 @@ def write(cfg: Config, states: list[StageStatus], name: str = "") -> storage.Loc
     storage.write(folder / "stages.json", (json.dumps(rows, indent=1) + "\n").encode())
     settings = yaml.safe_dump(cfg.model_dump(), sort_keys=False, allow_unicode=True)
     storage.write(folder / "config.yaml", settings.encode())
+    found = Material(cfg, states)
+    if found.indexed:
+        classes.write(found, folder / "classes", render)
     page = folder / "index.html"
-    context = _context(cfg, states, records, settings)
+    context = _context(found, records, settings)
     context["command"] = f"vlcp run --config {shlex.quote(f'{folder}/config.yaml')}"
     storage.write(page, render("page.html", context).encode())
     return page
@@ -54,6 +58,11 @@ def write(cfg: Config, states: list[StageStatus], name: str = "") -> storage.Loc
 
 def render(template: str, context: dict[str, Any]) -> str:
     """A page of this package's templates."""
+    return _environment().get_template(template).render(context) + "\n"
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("vlcp_dist", "report"),
         autoescape=True,
@@ -62,11 +71,11 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"mib": lambda n: f"{n / 2**20:,.1f}", "signed": tables.signed}
-    return environment.get_template(template).render(context) + "\n"
+    return environment
 
 
-def _context(cfg: Config, states: list[StageStatus], records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
-    found = Material(cfg, states)
+def _context(found: Material, records: list[dict[str, Any]], settings: str) -> dict[str, Any]:
+    cfg, states = found.cfg, list(found.states.values())
     summaries = summarize(records)
     nets = [net for net in cfg.evaluate.nets if _of_net(records, net)]
     stage_rows = [_stage_row(state) for state in states]

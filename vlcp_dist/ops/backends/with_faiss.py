@@ -14,6 +14,8 @@ from vlcp_dist.ops.lloyd import fill_empty, seed_draws, seed_labels, single
 from vlcp_dist.ops.neighbors import nearest_of
 
 _SPARE = 8  # candidates beyond those asked for: float32 may misplace what lies close to the last one
+_STEPS = 10  # between looks at whether anything moves
+_SETTLED = 1e-7  # of the inertia: less than that is float32's noise
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,35 @@ def _cluster(points: Points, k: int, seed: int, n_init: int, max_iter: int) -> T
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for labels in seed_labels(single(points.products), owner.to(device), k, draws.to(device)).cpu().numpy():
         seeds = np.stack([points.rows[labels == c].mean(axis=0) for c in range(k)])
-        kmeans = faiss.Kmeans(
-            points.rows.shape[1],
-            k,
-            niter=max_iter,
+        distances, nearest = _lloyd(points, seeds, seed, max_iter)
+        inertia = float(distances.sum(dtype=np.float64))
+        if best is None or inertia < best[0]:
+            best = inertia, nearest, distances
+    assert best is not None
+    return fill_empty(torch.from_numpy(best[1]).to(device), torch.from_numpy(best[2]).to(device), k)
+
+
+def _lloyd(points: Points, centroids: np.ndarray, seed: int, max_iter: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances (n,) to the nearest centroids and their numbers (n,), when these do not move any more."""
+    n, d = points.rows.shape
+    before = np.inf
+    for step in range(0, max_iter, _STEPS):  # faiss itself knows no end but a number of steps
+        kmeans: Any = faiss.Kmeans(
+            d,
+            len(centroids),
+            niter=min(_STEPS, max_iter - step),
             seed=seed,
             gpu=_on_gpu(points),
             min_points_per_centroid=1,
-            max_points_per_centroid=len(points.rows),
+            max_points_per_centroid=n,
         )
-        kmeans.train(points.rows, init_centroids=seeds)
-        distances, nearest = (found[:, 0] for found in kmeans.index.search(points.rows, 1))
-        if best is None or distances.sum(dtype=np.float64) < best[0]:
-            best = float(distances.sum(dtype=np.float64)), nearest, distances
-    assert best is not None
-    return fill_empty(torch.from_numpy(best[1]).to(device), torch.from_numpy(best[2]).to(device), k)
+        kmeans.train(points.rows, init_centroids=centroids)
+        centroids = kmeans.centroids
+        if kmeans.obj[-1] >= before * (1 - _SETTLED):
+            break
+        before = kmeans.obj[-1]
+    distances, nearest = kmeans.index.search(points.rows, 1)
+    return distances[:, 0], nearest[:, 0]
 
 
 def _points(products: Gram) -> Points:
