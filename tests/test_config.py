@@ -22,6 +22,16 @@ from vlcp_dist.stages import base
         ("diffusion.model=some/model", ["either diffusion.model", "or a pretrain section"]),
         ("pretrain=null", ["either diffusion.model", "or a pretrain section"]),
         ("evaluate.nets=[resnet10]", ["evaluate.nets.0", "resnet10", "resnet18"]),
+        (
+            "evaluate.nets=[resnet50]",
+            ["resnet50 is no net of the hard-label protocol", "convnet6", "evaluate.protocol"],
+        ),
+        ("evaluate.teacher.epochs=5", ["evaluate.teacher has no meaning in the hard-label protocol"]),
+        (
+            "evaluate={protocol: soft, nets: [resnet18, resnetap10]}",
+            ["resnetap10 is no net of the soft-label protocol", "resnet18-cifar"],
+        ),
+        ("evaluate={protocol: soft, lighting: 0.2}", ["evaluate.lighting has no meaning in the soft-label protocol"]),
         ("evaluate.epochs={1: 5}", ["evaluate.epochs has no entry for [2]"]),
         ("synthesize.strategies=[L,L]", ["synthesize.strategies", "twice"]),
         ("synthesize.num_inference_steps=1", ["leaves no step to run"]),
@@ -78,6 +88,7 @@ def folders(cfg):
         ("synthesize.strength=0.6", {"synthesize", "evaluate"}),
         ("evaluate.lr=0.5", {"baselines", "evaluate"}),
         ("evaluate.epochs=7", set()),
+        ("evaluate.micro_batch_size=7", set()),
         ("finetune.micro_batch_size=3", set()),
         ("finetune.epochs=3", {"finetune", "synthesize", "evaluate"}),
     ],
@@ -115,3 +126,16 @@ def test_a_stage_gets_what_it_asks_for_itself_else_what_all_get(micro):
     caption, encode = engine.placement("caption"), engine.placement("encode")
     assert (caption.cpus_per_worker, caption.gpus_per_worker, caption.workers) == (2, 0.5, 3)
     assert (encode.cpus_per_worker, encode.gpus_per_worker, encode.workers) == (2, None, None)
+
+
+def test_each_protocol_has_its_nets_and_what_the_other_needs_renames_nothing(micro):
+    soft = {"protocol": "soft", "image_size": 32, "epochs": 2}
+    cfg = micro(f"evaluate={soft}")
+    assert cfg.evaluate.nets == ["resnet18"] and config.Evaluate().nets == ["resnetap10"]
+    before = folders(cfg)
+    assert "teachers" in before and "teachers" not in folders(micro())
+    taught = {"checkpoints": {"resnet18": "somewhere"}}
+    assert folders(micro(f"evaluate={ {**soft, 'teacher': taught} }")) == before
+    other = folders(micro(f"evaluate={ {**soft, 'teacher': {'epochs': 9}} }"))
+    assert {name for name in before if before[name] != other[name]} == {"teachers", "baselines", "evaluate"}
+    assert micro(f"evaluate={ {**soft, 'teacher': taught} }").evaluate.teacher.checkpoints["resnet18"].startswith("/")
