@@ -132,6 +132,7 @@ def test_each_protocol_has_its_nets_and_what_the_other_needs_renames_nothing(mic
     soft = {"protocol": "soft", "image_size": 32, "epochs": 2}
     cfg = micro(f"evaluate={soft}")
     assert cfg.evaluate.nets == ["resnet18"] and config.Evaluate().nets == ["resnetap10"]
+    assert (config.Evaluate(protocol="soft").image_size, config.Evaluate().image_size) == (224, 256)
     before = folders(cfg)
     assert "teachers" in before and "teachers" not in folders(micro())
     taught = {"checkpoints": {"resnet18": "somewhere"}}
