@@ -26,6 +26,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
         ("diffusion.model=some/model", ["either diffusion.model", "or a pretrain section"]),
         ("pretrain=null", ["either diffusion.model", "or a pretrain section"]),
         ("evaluate.nets=[resnet10]", ["evaluate.nets.0", "resnet10", "resnet18"]),
+        (
+            "evaluate.nets=[resnet50]",
+            ["resnet50 is no net of the hard-label protocol", "convnet6", "evaluate.protocol"],
+        ),
+        ("evaluate.teacher.epochs=5", ["evaluate.teacher has no meaning in the hard-label protocol"]),
+        (
+            "evaluate={protocol: soft, nets: [resnet18, resnetap10]}",
+            ["resnetap10 is no net of the soft-label protocol", "resnet18-cifar"],
+        ),
+        ("evaluate={protocol: soft, lighting: 0.2}", ["evaluate.lighting has no meaning in the soft-label protocol"]),
         ("evaluate.epochs={1: 5}", ["evaluate.epochs has no entry for [2]"]),
         ("synthesize.strategies=[L,L]", ["synthesize.strategies", "twice"]),
         ("synthesize.num_inference_steps=1", ["leaves no step to run"]),
@@ -82,6 +92,7 @@ def folders(cfg):
         ("synthesize.strength=0.6", {"synthesize", "evaluate"}),
         ("evaluate.lr=0.5", {"baselines", "evaluate"}),
         ("evaluate.epochs=7", set()),
+        ("evaluate.micro_batch_size=7", set()),
         ("finetune.micro_batch_size=3", set()),
         ("finetune.epochs=3", {"finetune", "synthesize", "evaluate"}),
     ],
@@ -122,3 +133,17 @@ def test_shipped_configs_are_valid_and_say_what_they_are(path):
     assert set(cfg.published) <= set(cfg.evaluate.nets)
     for by_ipc in cfg.published.values():
         assert set(by_ipc) <= set(cfg.ipc)
+
+
+def test_each_protocol_has_its_nets_and_what_the_other_needs_renames_nothing(micro):
+    soft = {"protocol": "soft", "image_size": 32, "epochs": 2}
+    cfg = micro(f"evaluate={soft}")
+    assert cfg.evaluate.nets == ["resnet18"] and config.Evaluate().nets == ["resnetap10"]
+    assert (config.Evaluate(protocol="soft").image_size, config.Evaluate().image_size) == (224, 256)
+    before = folders(cfg)
+    assert "teachers" in before and "teachers" not in folders(micro())
+    taught = {"checkpoints": {"resnet18": "somewhere"}}
+    assert folders(micro(f"evaluate={ {**soft, 'teacher': taught} }")) == before
+    other = folders(micro(f"evaluate={ {**soft, 'teacher': {'epochs': 9}} }"))
+    assert {name for name in before if before[name] != other[name]} == {"teachers", "baselines", "evaluate"}
+    assert micro(f"evaluate={ {**soft, 'teacher': taught} }").evaluate.teacher.checkpoints["resnet18"].startswith("/")

@@ -241,6 +241,10 @@ def _default_nets(validated: dict[str, Any]) -> list[Net]:
     return ["resnet18"] if validated.get("protocol") == "soft" else ["resnetap10"]
 
 
+def _default_size(validated: dict[str, Any]) -> int:
+    return 224 if validated.get("protocol") == "soft" else 256
+
+
 class Teacher(Section):
     """What labels the images of the soft-label protocol: a net like the student, trained on the real images."""
 
@@ -274,7 +278,7 @@ class Evaluate(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, json_schema_extra={"fingerprint": False})
     split: Literal["validation", "test"] = "test"
     width: int | None = Field(None, ge=1, description="channels of a ConvNet, 128 when not given")
-    image_size: int = Field(256, ge=8)
+    image_size: int = Field(default_factory=_default_size, ge=8, description="256, or 224 of the soft protocol")
     epochs: Annotated[int, Field(ge=1)] | dict[int, Annotated[int, Field(ge=1)]] | None = Field(
         None,
         description="the published schedule by IPC when not given; {ipc: epochs}, 0 for the full data",

@@ -1,4 +1,5 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def test_published_values_fill_what_is_left_open():
     assert (ten.epochs, ten.batch_size, ten.lr, ten.weight_decay) == (2000, 64, 0.01, 5e-4)
     many = hard_label.resolve(Protocol(), num_classes=1000, ipc=10)
     assert (many.batch_size, many.lr, many.weight_decay) == (128, 0.1, 1e-4)
-    own = Protocol(epochs=7, batch_size=3, lr=0.2, weight_decay=0.0)
+    assert ten.cutmix_probability == 1.0
+    assert hard_label.resolve(Protocol(image_size=32), num_classes=10, ipc=10).cutmix_probability == 0.5
+    own = Protocol(epochs=7, batch_size=3, lr=0.2, weight_decay=0.0, cutmix_probability=0.7)
     assert hard_label.resolve(own, num_classes=1000, ipc=10) == own
 
 
@@ -67,7 +70,13 @@ def test_a_separable_set_is_learned_and_reported():
     assert result.top1_last == result.curve[-1]["top1"] == pytest.approx(np.mean(result.per_class))
     first_best = next(point["epoch"] for point in result.curve if point["top1"] == 100)
     assert result.best_epoch == first_best
-    assert result.protocol == replace(SMALL, epochs=60, batch_size=64, weight_decay=5e-4)
+    settings = asdict(replace(SMALL, epochs=60, batch_size=64, weight_decay=5e-4, cutmix_probability=0.5))
+    assert settings.items() <= result.protocol.items()
+    assert (
+        result.protocol["optimizer"] == "SGD"
+        and "after epoch 40 and again after epoch 50" in result.protocol["schedule"]
+    )
+    assert json.loads(json.dumps(result.protocol)) == {**result.protocol, "crop_scale": [0.5, 1.0]}
 
 
 def test_wrong_labels_teach_the_wrong_thing():
@@ -138,8 +147,10 @@ def test_loss_is_that_of_the_targets_mixed_by_pixels():
         )
         soft = share * F.one_hot(own, 4) + (1 - share) * F.one_hot(pasted, 4)
         want = -(soft * F.log_softmax(net(mixed), 1)).sum(1).mean()
-        got = hard_label._loss(net, images, labels, SMALL, torch.Generator().manual_seed(seed))
-        torch.testing.assert_close(got, want)
+        protocol = hard_label.resolve(replace(SMALL, cutmix_probability=1.0), num_classes=4, ipc=6)
+        prepare = hard_label.make_recipe(protocol).prepare
+        pixels, loss = prepare(images, labels, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(loss(net(pixels), slice(0, 12)), want)
 
 
 @pytest.mark.parametrize(

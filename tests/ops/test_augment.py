@@ -161,6 +161,36 @@ def test_resize_and_crop_leaves_images_of_the_size_alone():
     assert torch.equal(augment.resize_and_crop(images, 32), images)
 
 
+@pytest.mark.parametrize(("height", "width", "factor"), [(8, 12, 2), (9, 13, 2), (10, 11, 3)])
+def test_patches_are_shuffled_by_columns_and_rows_for_each_image(height, width, factor):
+    images = torch.arange(60 * 3 * height * width).view(60, 3, height, width).float()
+    shuffled = augment.shuffle_patches(images, factor, generator=rng())
+
+    def parts(image: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        side = image.shape[dim]
+        return list(image.split([side // factor] * (factor - 1) + [side - side // factor * (factor - 1)], dim))
+
+    seen = set()
+    for image, got in zip(images, shuffled, strict=True):
+        options = {
+            (rows, columns): torch.cat(
+                [torch.cat([parts(parts(image, 1)[i], 2)[j] for j in columns], 2) for i in rows], 1
+            )
+            for rows in itertools.permutations(range(factor))
+            for columns in itertools.permutations(range(factor))
+        }
+        (order,) = [order for order, want in options.items() if torch.equal(got, want)]
+        seen.add(order)
+    assert len(seen) == len(options) if factor == 2 else len(seen) > len(options) / 2
+    assert torch.equal(augment.shuffle_patches(images, factor, generator=rng()), shuffled)
+
+
+def test_center_crop_is_the_middle():
+    image = torch.arange(36).view(1, 1, 6, 6)
+    assert augment.center_crop(image, 2).flatten().tolist() == [14, 15, 20, 21]
+    assert torch.equal(augment.center_crop(image, 6), image)
+
+
 def test_cutmix_pastes_one_box_and_shares_the_targets_by_pixels():
     targets = torch.arange(8)
     images = targets.view(8, 1, 1, 1).expand(8, 3, 20, 30).float()  # every pixel tells its image

@@ -83,7 +83,10 @@ def test_distilled_images_are_trained_on_with_the_labels_of_their_folders(whole,
     assert (record["ipc"], record["net"], record["seed"], record["split"]) == (IPC, "convnet3", 0, "test")
     assert record["classes"] == CLASSES
     assert record["test_images"] == len(list(whole.index.split("test")))
-    assert_same(record, expected(whole, *distilled(whole, method)))
+    result = expected(whole, *distilled(whole, method))
+    assert_same(record, result)
+    assert record["protocol"] == json.loads(json.dumps(result.protocol))
+    assert record["protocol"]["optimizer"] == "SGD" and record["image_size"] == 32
 
 
 @pytest.mark.parametrize(("method", "pick"), [("k-center", k_center_greedy), ("herding", herding)])

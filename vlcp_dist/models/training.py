@@ -15,7 +15,8 @@ from torch import Generator, Tensor, nn
 
 from vlcp_dist.ops.augment import normalize
 
-EVALUATION_BATCH = 256
+PLACED_AT_ONCE = 256  # images
+LOOKED_AT_ONCE = {"cuda": 256, "cpu": 64}  # images; what a CPU works on should stay in its caches
 DEVICE_SHARE = 0.25  # of the device's free memory that a set of images may take; a larger set stays with the host
 DTYPES = ("float32", "bfloat16")
 
@@ -235,7 +236,7 @@ def place(images: Tensor, device: str | torch.device, transform: Callable[[Tenso
     A set that would take more than `DEVICE_SHARE` of the memory free on the device stays with the host.
     """
     parts, home = [], None
-    for part in images.split(EVALUATION_BATCH):
+    for part in images.split(PLACED_AT_ONCE):
         moved = transform(part.to(device))
         if home is None:
             needed = moved[0].numel() * len(images)
@@ -286,7 +287,7 @@ def predict(net: nn.Module, pixels: Tensor, dtype: str) -> Tensor:
 def correctly_classified(net: nn.Module, images: Tensor, labels: Tensor, dtype: str = "float32") -> Tensor:
     """Whether the largest logit is the label's: bool (n,). `images` as from `place`, `labels` on the net's device."""
     net.eval()
-    parts = images.split(EVALUATION_BATCH)
+    parts = images.split(LOOKED_AT_ONCE[labels.device.type])
     predicted = [predict(net, normalize(part.to(labels.device).float() / 255), dtype).argmax(1) for part in parts]
     return torch.cat(predicted) == labels
 

@@ -35,7 +35,7 @@ PRETRAIN = {
 def write(cfg: Config, states: list[StageStatus], name: str = "") -> storage.Location:
     """Write the report of what is finished, of a whole run or of a part of it, and return the path of its page.
 
-    It goes to `<root>/report/`, or to the folder `name` in it. The page loads nothing from elsewhere; it links to a page
+    It goes to `<root>/report/`, or to the folder `name` in it. The page loads nothing from elsewhere; it links to one
     for each class. The same run gives the same page.
     """
     folder = storage.locate(cfg.root) / "report" / name
