@@ -70,7 +70,7 @@ def on_two_processes(config: Path, stop_at: int, *overrides: str) -> list[dict]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-            )  # fmt: skip
+            )
         )
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
