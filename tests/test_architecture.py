@@ -21,7 +21,7 @@ LAYERS = {  # what each part may import of the package
     "cli": {"report", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
     "__main__": {"cli"},
 }
-RAY = {"engine/pool.py", "engine/actors.py", "engine/metrics.py", "stages/finetune.py", "pipeline.py"}
+RAY = {"engine/pool.py", "engine/actors.py", "engine/metrics.py", "engine/ray_train.py", "pipeline.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -1,5 +1,6 @@
 """The configuration refuses what cannot run, with a message that names the way out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,14 @@ CONFIGS = Path(__file__).parents[1] / "configs"
         ("synthesize.strategies=[L,L]", ["synthesize.strategies", "twice"]),
         ("synthesize.num_inference_steps=1", ["leaves no step to run"]),
         ("data.validation=0.9", ["data.validation and data.test leave no training images"]),
-        ("finetune.workers=3", ["finetune.batch_size 16", "finetune.workers 3"]),
+        (
+            "finetune.workers=3",
+            ["finetune.batch_size 16", "finetune.workers 3", "batch_size 15 or 18, or workers 2 or 4"],
+        ),
+        ("finetune.workers=32", ["batch_size 32, or workers 16"]),
+        ("finetune.deepspeed=zero3", ["zero1, zero2, zero2_offload"]),
+        ("finetune.deepspeed={zero_optimization: {stage: 3}}", ["stage is 3", "1 or 2"]),
+        ("finetune.deepspeed={zero_optimization: {stage: 1}, fp16: {}}", ["fp16 is set by fine-tuning"]),
         ("root", ["'root'", "key=value"]),
         ("seed.x=1", ["seed holds a value"]),
     ],
@@ -94,6 +102,7 @@ def folders(cfg):
         ("evaluate.epochs=7", set()),
         ("evaluate.micro_batch_size=7", set()),
         ("finetune.micro_batch_size=3", set()),
+        ("finetune.deepspeed=zero2_offload", set()),
         ("finetune.epochs=3", {"finetune", "synthesize", "evaluate"}),
     ],
 )
@@ -107,6 +116,14 @@ def test_a_new_seed_or_source_renames_everything(micro):
     for override in ("seed=1", "data.test=0.3"):
         after = folders(micro(override))
         assert all(before[name] != after[name] for name in before)
+
+
+def test_a_deepspeed_file_is_read_with_the_configuration(micro, tmp_path):
+    assert json.loads((config.DEEPSPEED / "zero1.json").read_text()) == micro().finetune.deepspeed
+    assert micro("finetune.deepspeed=zero2").finetune.deepspeed["zero_optimization"]["stage"] == 2
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}')
+    own = micro(f"finetune.deepspeed={tmp_path / 'own.json'}").finetune.deepspeed
+    assert own == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}
 
 
 def test_a_listing_counts_by_its_content_not_its_place(micro, tmp_path):

@@ -158,6 +158,22 @@ def test_pictures_are_the_files_of_the_run(finished):
     assert all(cell.get("scope") in ("row", "col") for cell in page.all("th"))
 
 
+def test_fine_tuning_shows_its_curves_and_samples(finished):
+    _, states, page = finished
+    folder = next(s.folder.path for s in states if s.stage.name == "finetune")
+    losses = json.loads((folder / "training.json").read_text())["loss"]
+    text = page.text("curves")
+    assert f"over {len(losses)} steps" in text and "Samples per second on 1 worker, the median" in text
+    prompts = json.loads((folder / "samples" / "prompts.json").read_text())
+    head, *rows = page.tables["sample images of fine-tuning"]
+    assert head == ["description of", "epoch 1"] and [row[0] for row in rows] == [p["key"] for p in prompts]
+    images = {image["alt"]: image["src"] for image in page.all("img")}
+    for i, prompt in enumerate(prompts):
+        shown = Image.open(io.BytesIO(base64.b64decode(images[f"{prompt['key']}, epoch 1"].partition(",")[2])))
+        with Image.open(folder / "samples" / "epoch=001" / f"{i}.png") as image:
+            assert shown.tobytes() == image.tobytes()
+
+
 def test_text_prototypes_and_outliers_are_those_of_the_prototypes(finished):
     _, states, page = finished
     folder = next(s.folder.path for s in states if s.stage.name == "prototypes")

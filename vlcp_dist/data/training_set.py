@@ -85,6 +85,8 @@ class TrainingSet:
         copies = concurrently(storage.local, [latents / f"{name}.tar" for name in self.shards], threads=4)
         self._maps = [_map(copy) for copy in copies]
 
+        self.shape: tuple[int, ...] = self.latents(np.array([0])).shape[1:]  # of a latent
+
     def __len__(self) -> int:
         return len(self._columns["shard"])
 

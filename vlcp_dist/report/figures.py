@@ -1,11 +1,11 @@
-"""The charts of the page: accuracy against IPC, the trainings, the fine-tuning loss."""
+"""The charts of the page: accuracy against IPC, and the trainings."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from vlcp_dist.report.charts import Line, Style, key, line_chart, smooth, thin
+from vlcp_dist.report.charts import Line, Style, key, line_chart
 from vlcp_dist.report.tables import ipcs_of, median_run, methods_of
 
 # Colours that the colour-blind can tell apart, each at least 3:1 against white; baselines of real images are dashed.
@@ -57,23 +57,6 @@ def training_curves(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups = [(f"IPC {ipc}", [r for r in records if r["ipc"] == ipc]) for ipc in ipcs_of(records)]
     groups.append(("full data", [r for r in records if r["ipc"] == "full"]))
     return [{"title": title, "chart": _curves(title, group)} for title, group in groups if group]
-
-
-def finetune_loss(losses: Sequence[float]) -> dict[str, Any]:
-    """The loss of every step, and its moving mean over 2 % of the steps."""
-    window = max(1, len(losses) // 50)
-    steps = range(1, len(losses) + 1)
-    mean = smooth(losses, window)
-    chart = line_chart(
-        [
-            Line("each step", thin(list(zip(steps, losses, strict=True))), Style("#0072b2", width=1, opacity=0.3)),
-            Line("moving mean", thin(list(zip(steps, mean, strict=True))), Style("#0072b2", width=2)),
-        ],
-        description=f"Fine-tuning loss over {len(losses)} steps, from {mean[0]:.3f} to {mean[-1]:.3f}",
-        x_label="step",
-        y_label="noise-prediction loss",
-    )
-    return {"chart": chart, "steps": len(losses), "window": window, "first": mean[0], "last": mean[-1]}
 
 
 def _curves(title: str, records: Sequence[dict[str, Any]]) -> Markup:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlcp_dist.config import Config
 from vlcp_dist.data import storage
-from vlcp_dist.report import classes, figures, material, tables
+from vlcp_dist.report import classes, figures, finetuning, material, tables
 from vlcp_dist.report.material import Material
 from vlcp_dist.report.results import results, summarize
 from vlcp_dist.status import StageStatus, failures
@@ -95,7 +95,7 @@ def _context(found: Material, records: list[dict[str, Any]], settings: str) -> d
         "prototype_settings": cfg.prototypes,
         "outliers": material.outliers(found) if found.indexed else None,
         "tiny": material.is_tiny(found),
-        "loss": _loss(found),
+        "finetuning": finetuning.section(found),
         "class_names": [material.short_name(info) for info in found.shown] if found.indexed else [],
         "hidden_classes": len(found.classes) - len(found.shown) if found.indexed else 0,
         "stages": stage_rows,
@@ -157,13 +157,6 @@ def _net(net: str, summaries: list[dict[str, Any]], records: list[dict[str, Any]
         "curves": figures.training_curves(records),
         "per_class": [tables.per_class(records, ipc, material.SHOWN_CLASSES) for ipc in ipcs],
     }
-
-
-def _loss(found: Material) -> dict[str, Any] | None:
-    if "training.json" not in found.files["finetune"]:
-        return None
-    history = json.loads((found.path("finetune") / "training.json").read_text())
-    return figures.finetune_loss(history["loss"]) if history["loss"] else None
 
 
 def _stage_row(state: StageStatus) -> dict[str, Any]:

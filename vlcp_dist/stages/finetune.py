@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data import checkpoints, storage, training_set
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.data.training_set import TrainingSet
@@ -52,16 +52,14 @@ class Worker:
         """
         run, cfg, scratch = self._run, self._run.cfg.finetune, Path(self._scratch.name)
         folder = run.folders["finetune"]
-        trainer = Trainer(
-            run.diffusion_model, _recipe(run.cfg), _setup(run, scratch), revision=run.cfg.diffusion.revision
-        )
-        inputs = _inputs(run, trainer)
+        trainer = make_trainer(run, scratch)
+        inputs = make_inputs(run, trainer)
         per_epoch = steps_per_epoch(len(inputs), cfg.batch_size)
         steps = cfg.epochs * per_epoch
         saver = Saver(folder.path, scratch, trainer, keep=cfg.checkpoints_kept)
         saver.resume()
         log = TrainingLog(run, inputs, trainer, steps, scratch)
-        for batch, latents, text in _read_ahead(run, inputs, trainer, log.shape):
+        for batch, latents, text in read_ahead(run, inputs, trainer):
             loss = trainer.step(latents, text, batch, stop=trainer.rank == 0 and folder.stop_requested())
             if trainer.diverged():
                 raise ValueError(_divergence(run, inputs, trainer, batch))
@@ -134,22 +132,20 @@ class Saver:
         checkpoints.save(self._folder, step, files, facts, keep=self._keep)
 
 
-def _recipe(cfg: Config) -> Recipe:
-    values = cfg.finetune.model_dump()
-    return Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values}, seed=cfg.seed)
-
-
-def _setup(run: Run, scratch: Path) -> Setup:
-    values = run.cfg.finetune.model_dump()
-    root = run.folders["finetune"].path
-    return Setup(
+def make_trainer(run: Run, scratch: Path) -> Trainer:
+    """The trainer that the configuration asks for; trackers write below `scratch` where they cannot below the root."""
+    values, root = run.cfg.finetune.model_dump(), run.folders["finetune"].path
+    recipe = Recipe(**{f.name: values[f.name] for f in fields(Recipe) if f.name in values}, seed=run.cfg.seed)
+    setup = Setup(
         **{f.name: values[f.name] for f in fields(Setup) if f.name in values},
         precision=dtype(run.cfg.diffusion.dtype),  # type: ignore[arg-type]
         log_folder=str(root if isinstance(root, Path) else scratch),
     )
+    return Trainer(run.diffusion_model, recipe, setup, revision=run.cfg.diffusion.revision)
 
 
-def _inputs(run: Run, trainer: Trainer) -> TrainingSet:
+def make_inputs(run: Run, trainer: Trainer) -> TrainingSet:
+    """The cached inputs, computed by the main process if they are not there. All processes must call it together."""
     folder = run.folders["finetune"]
     with trainer.accelerator.main_process_first():
         if trainer.rank == 0 and not training_inputs.is_built(run):
@@ -157,13 +153,11 @@ def _inputs(run: Run, trainer: Trainer) -> TrainingSet:
     return training_inputs.load(run)
 
 
-def _read_ahead(
-    run: Run, inputs: TrainingSet, trainer: Trainer, shape: tuple[int, ...]
-) -> Iterator[tuple[Batch, torch.Tensor, np.ndarray]]:
+def read_ahead(run: Run, inputs: TrainingSet, trainer: Trainer) -> Iterator[tuple[Batch, torch.Tensor, np.ndarray]]:
     """The batches that are left, with latents and texts, the next ones read while one is computed."""
     cfg = run.cfg.finetune
     planned = batches(
-        len(inputs), shape=shape, epochs=cfg.epochs, batch_size=cfg.batch_size, text_dropout=cfg.text_dropout,
+        len(inputs), shape=inputs.shape, epochs=cfg.epochs, batch_size=cfg.batch_size, text_dropout=cfg.text_dropout,
         seed=run.cfg.seed, rank=trainer.rank, world=trainer.world, start=trainer.step_number,
     )  # fmt: skip
 

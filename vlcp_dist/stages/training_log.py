@@ -36,7 +36,6 @@ class TrainingLog:
         self._began = self._since = time.monotonic()
         self._resumed_at = self._since_step = trainer.step_number
         self._speed: list[tuple[int, float, int]] = []
-        self.shape: tuple[int, ...] = inputs.latents(np.array([0])).shape[1:]
         if self._main:
             self._speed = [row for row in _speed(self._folder.path) if row[0] <= self._resumed_at]
             trainer.accelerator.init_trackers(
@@ -114,7 +113,7 @@ class TrainingLog:
         condition = self._trainer.condition(text)
         images = sample_images(
             self._trainer.unet, self._trainer.scheduler, self._run.diffusion_model, condition[:-1], condition[-1:],
-            shape=self.shape, revision=self._run.cfg.diffusion.revision, seed=self._run.cfg.seed,
+            shape=self._inputs.shape, revision=self._run.cfg.diffusion.revision, seed=self._run.cfg.seed,
             num_inference_steps=synthesis.num_inference_steps, guidance_scale=synthesis.guidance_scale,
         )  # fmt: skip
         for i, image in enumerate(images):
