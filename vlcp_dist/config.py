@@ -205,7 +205,19 @@ class Engine(Placement):
     address: str | None = None
     max_retries: int = Field(2, ge=0, description="further attempts at a unit that raised an error")
     start_timeout: float = Field(300, gt=0, description="seconds to wait for the first worker of a stage")
+    autoscaling: bool = Field(
+        False, description="an autoscaler brings nodes: what does not fit yet is waited for, start_timeout seconds"
+    )
     stages: dict[StageName, Placement] = Field({}, description="what differs for a stage: {caption: {workers: 8}}")
+
+    @model_validator(mode="after")
+    def _nodes_are_brought_for_what_is_asked(self) -> "Engine":
+        if self.autoscaling and (self.workers is None or self.gpus_per_worker is None):
+            raise ValueError(
+                "engine.autoscaling needs engine.workers and engine.gpus_per_worker: nodes that are not there yet "
+                "are brought for the workers that are asked for"
+            )
+        return self
 
     def placement(self, stage: str) -> Placement:
         """What a worker of this stage gets: what the stage sets itself, else what is set for all."""
