@@ -75,6 +75,7 @@ def test_two_training_workers_learn_what_one_does(reference, tmp_path):
     with pipeline.Engines(cfg) as engines:
         stage = next(stage for stage in plan if stage.name == "finetune")
         events = []
+        engines.start((), print)
         engines.run(run, stage, stage.units(run), events.append)
     assert [event.kind for event in events] == ["done"], events[-1].message
     assert events[0].marker["info"]["workers"] == 2

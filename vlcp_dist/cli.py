@@ -190,7 +190,7 @@ def report_command(config_path: ConfigPath, overrides: Overrides = None, as_json
 
 @app.command()
 def doctor(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Look at every node before a run: software, GPUs, network, storage, weights, room. Exit code 0: all of it is OK."""
+    """Look at every node before a run: software, GPUs, network, storage, weights, room. Exit code 0: all is OK."""
     from vlcp_dist.doctor import Check, examine
 
     def show(check: Check) -> None:

@@ -218,26 +218,25 @@ def _shared(cfg: Config, each: Each, there: list[Node]) -> Iterator[Check]:
     wanted = {name[node] for node in writers}
     blind = [node.name for node in writers if wanted - sight.get(node, wanted)]
     unseen = [node.name for node in writers if name[node] not in mine]
-    if blind or unseen:
-        found = f"{len(blind)} of {len(writers)} nodes do not see what the others write there: {', '.join(blind)}"
-        if unseen:
-            found = f"this process does not see what is written there by {', '.join(unseen)}"
-        yield Check(
-            "shared storage", False, f"root={cfg.root}: {found}", "give a folder that all nodes mount, or a URL"
-        )
+    found = [f"{len(blind)} of {len(writers)} nodes do not see what others write there ({', '.join(blind)})"] * bool(
+        blind
+    )
+    if unseen:
+        found += [f"this process does not see what {len(unseen)} of {len(writers)} nodes write ({', '.join(unseen)})"]
+    if found:
+        remedy = "give a folder that all nodes mount, or a URL such as s3://bucket/folder"
+        yield Check("shared storage", False, f"root={cfg.root}: {'; '.join(found)}", remedy)
     elif writers:
         rates = min(_answered(wrote).values()), min(rate for _, rate in _answered(read).values())
-        found = (
-            f"root={cfg.root}: written at {_rate(rates[0])}, read at {_rate(rates[1])}, or more, by {_count(writers)}"
-        )
+        speed = f"written at {_rate(rates[0])}, read at {_rate(rates[1])}, or more, by {_count(writers)}"
         slow = min(rates) < SLOW
-        yield Check("shared storage", not slow, found, "choose faster storage" if slow else "")
+        yield Check("shared storage", not slow, f"root={cfg.root}: {speed}", "choose faster storage" if slow else "")
     if places := pipeline.inputs(cfg):
         lacks = each(on_node.missing, {node: (places,) for node in there})
         for node, absent in lacks.items():
             if isinstance(absent, NoAnswer) or absent:
-                found = absent.reason if isinstance(absent, NoAnswer) else f"{', '.join(absent)} not seen from here"
-                yield Check("inputs", False, found, "mount it on every node, or give a URL", node.name)
+                why = absent.reason if isinstance(absent, NoAnswer) else f"{', '.join(absent)} not seen from here"
+                yield Check("inputs", False, why, "mount it on every node, or give a URL", node.name)
         if not any(lacks.values()):
             yield Check("inputs", True, f"{', '.join(places)} seen by {_count(lacks)}")
     elif cfg.data.path:
@@ -254,8 +253,8 @@ def _weights(cfg: Config, each: Each, there: list[Node]) -> Iterator[Check]:
             continue
         answers = each(on_node.model, {node: (model, revision) for node in there})
         yield from _unanswered(key, answers, f"mend that, or give another {key}")
-        if found := _answered(answers):
-            yield Check(key, True, f"{model}: {next(iter(found.values()))} ({_count(found)})")
+        if has := _answered(answers):
+            yield Check(key, True, f"{model}: {next(iter(has.values()))} ({_count(has)})")
 
 
 def _reduce(there: list[Node]) -> Iterator[Check]:

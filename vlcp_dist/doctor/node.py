@@ -105,7 +105,7 @@ def model(name: str, revision: str | None) -> str:
         return f"{weights.inspect(folder) / 2**30:.1f} GiB, whole, in {folder}"
     if why := weights.reachable(name, revision):
         raise ValueError(
-            f"{name} is no folder here, not in the cache of the hub ({_hub_cache()}), and cannot be downloaded ({why}); "
+            f"{name} is no folder here, not in the hub's cache ({_hub_cache()}), and cannot be downloaded ({why}); "
             f"fetch it once with `hf download {name}` to storage that all nodes see, and give that folder"
         )
     return "not here yet; every node downloads it from the hub when it is first used"
