@@ -5,7 +5,8 @@
 #   cluster/local.sh COMMAND ...        starts it, runs the command, ends it, exits with the command's status
 #
 # WORKERS (2), CPUS and GPUS of each (1 and 0), RAY_PORT (6379) and DASHBOARD_PORT (8265) are taken from the environment.
-# At its end it stops the processes that it started and no others.
+# At its end it stops the processes that it started and no others. Nodes have addresses of loopback; that Ray's own ports
+# listen on all interfaces nevertheless is Ray's doing, and the token is what they ask for.
 set -euo pipefail
 
 WORKERS=${WORKERS:-2} CPUS=${CPUS:-1} GPUS=${GPUS:-0} RAY_PORT=${RAY_PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
@@ -31,7 +32,7 @@ head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$folder/token"
 cat >"$folder/env" <<END
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$folder/token
-export RAY_ADDRESS=127.0.0.1:$RAY_PORT
+export RAY_ADDRESS=127.0.0.2:$RAY_PORT
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
 END
 # shellcheck source=/dev/null
@@ -58,13 +59,14 @@ wait_for() {
     done
 }
 
-start head.log --head --num-cpus=0 --num-gpus=0 --node-ip-address=127.0.0.1 --port="$RAY_PORT" --temp-dir="$folder" \
+# All of 127.0.0.0/8 is loopback: nodes with addresses of their own need not share ports. Ray takes 127.0.0.1 for the
+# machine's outer address, so the first is 127.0.0.2.
+start head.log --head --num-cpus=0 --num-gpus=0 --node-ip-address=127.0.0.2 --port="$RAY_PORT" --temp-dir="$folder" \
     --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT"
 wait_for head.log "${pids[0]}"
 for ((i = 1; i <= WORKERS; i++)); do
-    # All of 127.0.0.0/8 is loopback: nodes with addresses of their own need not share ports. One after the other,
-    # because Ray gives a node 30 seconds to come up, which is short where many do so at once.
-    start "worker-$i.log" --address="127.0.0.1:$RAY_PORT" --node-ip-address="127.0.0.$((i + 1))" \
+    # One after the other: Ray gives a node 30 seconds to come up, which is short where many do so at once.
+    start "worker-$i.log" --address="127.0.0.2:$RAY_PORT" --node-ip-address="127.0.0.$((i + 2))" \
         --num-cpus="$CPUS" --num-gpus="$GPUS"
     wait_for "worker-$i.log" "${pids[i]}"
 done

@@ -114,5 +114,5 @@ def test_the_grafana_dashboard_is_what_its_script_writes():
 
 def test_every_file_is_in_the_table():
     readme = (CLUSTER / "README.md").read_text()
-    for path in CLUSTER.iterdir():
+    for path in set(CLUSTER.iterdir()) - {CLUSTER / "README.md"}:
         assert path.name in readme, path
