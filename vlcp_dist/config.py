@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import pkgutil
+import re
 import types
 import typing
 from pathlib import Path
@@ -25,6 +26,10 @@ Net = Literal["convnet3", "convnet4", "convnet5", "convnet6", "resnetap10", "res
 StageName = Literal[
     "index", "caption", "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate"
 ]
+# user:password@ or user@ before the host, or a parameter such as ?X-Amz-Signature=, ?sig= or &access_token=.
+CREDENTIAL = re.compile(
+    r"://([^/?#\s]*@|\S*[?&][^=&\s]*(token|sig|secret|password|credential|key)[^=&\s]*=)", re.IGNORECASE
+)
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -310,6 +315,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: the file is missing or is not YAML, or a key or value is not valid.
     """
+    _refuse_credentials(str(path), "--config")
     try:
         text = UPath(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -324,6 +330,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
     for override in overrides or []:
         _apply(tree, override)
+    _refuse_credentials(tree)
     try:
         return Config.model_validate(_absolute(tree))
     except ValidationError as error:
@@ -348,6 +355,26 @@ def content(section: BaseModel | None) -> dict[str, Any] | None:
 def _in_fingerprint(field: FieldInfo) -> bool:
     extra = field.json_schema_extra
     return not (isinstance(extra, dict) and extra.get("fingerprint") is False)
+
+
+def _refuse_credentials(value: Any, key: str = "") -> None:
+    """Refuse a URL with a password or a signature in it, without repeating it: configurations are printed and stored.
+
+    Raises:
+        ConfigError: naming the key and where credentials belong.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_credentials(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_credentials(item, key)
+    elif isinstance(value, str) and CREDENTIAL.search(value):
+        raise ConfigError(
+            f"{key} holds a URL with a credential in it (it is not shown here). Leave it out: storage takes "
+            f"credentials from the environment (AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS) or from the identity "
+            f"of the machine, and Ray its token from RAY_AUTH_TOKEN_PATH"
+        )
 
 
 def _absolute(tree: dict[str, Any]) -> dict[str, Any]:
