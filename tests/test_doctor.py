@@ -69,23 +69,20 @@ def test_all_is_well(cluster, tmp_path, monkeypatch):
     assert list(root.iterdir()) == []
 
 
-def test_storage_that_is_not_shared(cluster, here, micro, monkeypatch):
+def test_what_is_not_shared(cluster, here, micro, tmp_path, monkeypatch):
+    """Of the head and this process, by their folder: the root, and the images. And weights that no node would load."""
     monkeypatch.chdir(here)
-    cfg = micro("engine.kind=ray", root=Path("/proc/self/cwd/run"))
-    found = bad(cfg)["shared storage"].found
-    assert "2 of 2 nodes do not see" in found and "this process does not see what 1 of 2 nodes write" in found
-    assert re.search(r"root=/proc/self/cwd/run is not shared: 1 of 1 other nodes do not see", refused(cfg))
-
-
-def test_images_and_weights_that_the_driver_alone_sees(cluster, micro, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "images" / "a").mkdir(parents=True)
+    (here / "images" / "a").mkdir(parents=True)
     build_tiny_llava(tmp_path / "llava")
     (tmp_path / "llava" / "model.safetensors").rename(tmp_path / "llava" / "pytorch_model.bin")
     images = ["engine.kind=ray", "data.source=imagefolder", "data.path=/proc/self/cwd/images"]
-    found = bad(micro(*images, "caption.captioner=llava", f"caption.model={tmp_path / 'llava'}"))
+    root = Path("/proc/self/cwd/run")
+    found = bad(micro(*images, "caption.captioner=llava", f"caption.model={tmp_path / 'llava'}", root=root))
+    assert "2 of 2 nodes do not see" in found["shared storage"].found
+    assert "this process does not see what 1 of 2 nodes write" in found["shared storage"].found
     assert "data.path not seen" in found["inputs"].found
     assert "can run code when loaded" in found["caption.model"].found
+    assert "root=/proc/self/cwd/run is not shared: 1 of 1 other nodes do not see" in refused(micro(*images, root=root))
     assert "data.path=/proc/self/cwd/images is not shared" in refused(micro(*images))
 
 
