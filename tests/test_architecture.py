@@ -18,10 +18,19 @@ LAYERS = {  # what each part may import of the package
     "status": {"stages", "data"},
     "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "errors"},
     "report": {"report", "pipeline", "status", "stages", "data", "config", "errors"},
-    "cli": {"report", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
+    "doctor": {"doctor", "pipeline", "stages", "engine", "models", "data", "config"},
+    "cli": {"report", "doctor", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
     "__main__": {"cli"},
 }
-RAY = {"engine/pool.py", "engine/actors.py", "engine/metrics.py", "engine/ray_train.py", "pipeline.py"}
+RAY = {
+    "engine/pool.py",
+    "engine/nodes.py",
+    "engine/actors.py",
+    "engine/metrics.py",
+    "engine/ray_train.py",
+    "pipeline.py",
+    "doctor/checks.py",
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -1,6 +1,8 @@
 """The configuration refuses what cannot run, with a message that names the way out."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,32 @@ def test_bad_values_are_named(micro, override, words):
         micro("seed=0", override)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "url"),
+    [
+        ("root", "s3://AKIAEXAMPLE:hunter2@bucket/run"),
+        ("root", "https://account.blob.example.com/run?sv=1&sig=hunter2"),
+        ("data.path", "s3://bucket/images?X-Amz-Signature=hunter2"),
+        ("data.class_names", "https://hunter2@example.com/names.txt"),
+        ("diffusion.model", "https://example.com/model?access_token=hunter2"),
+        ("engine.address", "redis://:hunter2@head:6379"),
+        ("caption.model", "https://user:hunter2@example.com/m"),
+    ],
+)
+def test_credentials_in_urls_are_refused_and_not_repeated(micro, key, url):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} holds a URL with a credential") as caught:
+        micro(f"{key}={url}")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^--config holds") as caught:
+        config.load(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a@b/run", "s3://bucket/monkey=1", "gs://bucket/x?generation=1"])
+def test_urls_that_only_look_odd_are_taken(micro, url):
+    assert micro(f"root={url}").root == url
 
 
 def test_missing_file_and_bad_yaml(tmp_path):
@@ -164,3 +192,10 @@ def test_each_protocol_has_its_nets_and_what_the_other_needs_renames_nothing(mic
     other = folders(micro(f"evaluate={ {**soft, 'teacher': {'epochs': 9}} }"))
     assert {name for name in before if before[name] != other[name]} == {"teachers", "baselines", "evaluate"}
     assert micro(f"evaluate={ {**soft, 'teacher': taught} }").evaluate.teacher.checkpoints["resnet18"].startswith("/")
+
+
+def test_the_list_of_all_keys_is_what_its_script_writes():
+    docs = Path(__file__).parents[1] / "docs"
+    document = runpy.run_path(str(docs / "configuration.py"))["document"]()
+    assert document == (docs / "configuration.md").read_text(), "python docs/configuration.py > docs/configuration.md"
+    assert "| `finetune.learning_rate` |" in document and "| `engine.stages` |" in document

@@ -203,3 +203,17 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, checkout, refere
     assert "initialised CUDA" not in log
     assert kept.items() <= markers(root).items()
     assert artefacts(root) == artefacts(reference)
+    kept = markers(root)
+    code, log = head.job(*submission(root, "ipc=[1,2]", script="jobs/grow_ipc.py"), cwd=checkout)
+    assert code == 0, log
+    new = markers(root).keys() - kept.keys()
+    assert {name.partition("-")[0] for name in new} == {"prototypes", "synthesize", "evaluate"}
+    assert kept.items() <= markers(root).items()
+
+
+def test_a_larger_ipc_is_not_begun_on_a_run_that_is_not_there(checkout, tmp_path):
+    command = [sys.executable, "jobs/grow_ipc.py", "-c", "micro.yaml", f"root={tmp_path / 'run'}", "engine=serial"]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    ended = subprocess.run(command, cwd=checkout, env=environment, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.search(r"prototypes needs .*encode.* to be complete first", ended.stderr)

@@ -1,4 +1,4 @@
-"""The `vlcp` command: run, plan, status and report."""
+"""The `vlcp` command: run, plan, status, report and doctor."""
 
 import errno
 import json
@@ -230,6 +230,24 @@ def compare(
         _show(table)
     comparison.write(runs, storage.locate(out))
     print(f"comparison: {out}")
+
+
+@app.command()
+def doctor(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Look at every node before a run: software, GPUs, network, storage, weights, room. Exit code 0: all is OK."""
+    from vlcp_dist.doctor import Check, examine
+
+    def show(check: Check) -> None:
+        where = f"{check.node}: " if check.node else ""
+        print(f"{'OK ' if check.ok else 'BAD'}  {check.name:<16}{where}{check.found}")
+        if not check.ok:
+            print(f"     {'':<16}-> {check.remedy}")
+
+    found = examine(config.load(config_path, overrides), (lambda _: None) if as_json else show)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def main() -> None:

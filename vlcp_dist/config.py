@@ -4,6 +4,7 @@ import copy
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -54,6 +55,10 @@ DEEPSPEED_OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
     "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
 )  # fmt: skip
+# user:password@ or user@ before the host, or a parameter such as ?X-Amz-Signature=, ?sig= or &access_token=.
+CREDENTIAL = re.compile(
+    r"://([^/?#\s]*@|\S*[?&][^=&\s]*(token|sig|secret|password|credential|key)[^=&\s]*=)", re.IGNORECASE
+)
 REAL_METHODS = ("random", "k-center", "herding", "full")
 
 
@@ -355,7 +360,19 @@ class Engine(Placement):
     address: str | None = None
     max_retries: int = Field(2, ge=0, description="further attempts at a unit that raised an error")
     start_timeout: float = Field(300, gt=0, description="seconds to wait for the first worker of a stage")
+    autoscaling: bool = Field(
+        False, description="an autoscaler brings nodes: what does not fit yet is waited for, start_timeout seconds"
+    )
     stages: dict[StageName, Placement] = Field({}, description="what differs for a stage: {caption: {workers: 8}}")
+
+    @model_validator(mode="after")
+    def _nodes_are_brought_for_what_is_asked(self) -> "Engine":
+        if self.autoscaling and (self.workers is None or self.gpus_per_worker is None):
+            raise ValueError(
+                "engine.autoscaling needs engine.workers and engine.gpus_per_worker: nodes that are not there yet "
+                "are brought for the workers that are asked for"
+            )
+        return self
 
     def placement(self, stage: str) -> Placement:
         """What a worker of this stage gets: what the stage sets itself, else what is set for all."""
@@ -443,6 +460,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: the file is missing or is not YAML, or a key or value is not valid.
     """
+    _refuse_credentials(str(path), "--config")
     try:
         text = UPath(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -457,6 +475,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} must hold a mapping of keys, not {type(tree).__name__}")
     for override in overrides or []:
         _apply(tree, override)
+    _refuse_credentials(tree)
     try:
         cfg = Config.model_validate(_absolute(tree))
         variants(cfg)
@@ -508,6 +527,26 @@ def content(section: BaseModel | None) -> dict[str, Any] | None:
 def _in_fingerprint(field: FieldInfo) -> bool:
     extra = field.json_schema_extra
     return not (isinstance(extra, dict) and extra.get("fingerprint") is False)
+
+
+def _refuse_credentials(value: Any, key: str = "") -> None:
+    """Refuse a URL with a password or a signature in it, without repeating it: configurations are printed and stored.
+
+    Raises:
+        ConfigError: naming the key and where credentials belong.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_credentials(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_credentials(item, key)
+    elif isinstance(value, str) and CREDENTIAL.search(value):
+        raise ConfigError(
+            f"{key} holds a URL with a credential in it (it is not shown here). Leave it out: storage takes "
+            f"credentials from the environment (AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS) or from the identity "
+            f"of the machine, and Ray its token from RAY_AUTH_TOKEN_PATH"
+        )
 
 
 def _absolute(tree: dict[str, Any]) -> dict[str, Any]:

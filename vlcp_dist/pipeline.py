@@ -111,7 +111,7 @@ def run(
                 _set_aside_stale(context, plan, states, stage)
                 states[stage.name] = _run_stage(
                     context, stage, engines, progress, states,
-                    again=again, max_units=max_units, should_stop=should_stop, interrupt=interrupt,
+                    only=only, again=again, max_units=max_units, should_stop=should_stop, interrupt=interrupt,
                 )  # fmt: skip
                 if should_stop():
                     raise Stopped(stage.name)
@@ -173,6 +173,13 @@ def _check_stages(cfg: Config, plan: list[base.Stage], states: dict[str, StageSt
             stage.check(cfg)
 
 
+def inputs(cfg: Config) -> dict[str, storage.Location]:
+    """What every node reads and no stage writes, by its key: the data, and the models that are folders or URLs."""
+    places = {"data.path": cfg.data.path, "caption.model": cfg.caption.model, "diffusion.model": cfg.diffusion.model}
+    located = {name: storage.locate(place) for name, place in places.items() if place is not None}
+    return {name: place for name, place in located.items() if place.exists()}  # the id of a model on the hub is neither
+
+
 def _check_names(plan: list[base.Stage], only: Collection[str]) -> None:
     """Refuse the name of a stage that this run does not have."""
     names = [stage.name for stage in plan]
@@ -187,6 +194,7 @@ def _run_stage(
     progress: Progress,
     states: dict[str, StageStatus],
     *,
+    only: Collection[str],
     again: bool,
     max_units: int | None,
     should_stop: Callable[[], bool],
@@ -222,7 +230,9 @@ def _run_stage(
                 folder.write_failures(failed)
                 written = time.monotonic()
 
+    ahead = [name for name, state in states.items() if not state.complete and (not only or name in only)]
     try:
+        engines.start(ahead, progress.say)
         with interrupt.notify(folder.request_stop) if interrupt else nullcontext():
             engines.run(context, stage, todo, on_event, should_stop)
     finally:
@@ -261,6 +271,31 @@ def _set_aside_stale(
             states[stage.name] = stage_status(context, stage)
 
 
+def connect(address: str | None) -> bool:
+    """Join the Ray cluster at `address`, else at `RAY_ADDRESS`, else start Ray here; whether it was not joined before.
+
+    Raises:
+        InputError: there is no such cluster.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    # Without an address this machine alone is meant, not a cluster that happens to run on it.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise InputError(
+            f"no Ray cluster at {address} (engine.address, or RAY_ADDRESS): {error}; "
+            f"start one (cluster/README.md), or leave both out to use this machine alone"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which ends with another exit code
+    return True
+
+
 class Engines:
     """The engine of a run, started when the first unit needs it and stopped at the end."""
 
@@ -272,6 +307,15 @@ class Engines:
     def __enter__(self) -> "Engines":
         return self
 
+    def start(self, ahead: Collection[str], say: Callable[[str], None]) -> None:
+        """Start it if it is not yet, for a run with the stages `ahead`.
+
+        Raises:
+            InputError: the nodes of the cluster cannot do them; nothing was begun.
+        """
+        if self._engine is None:
+            self._engine = self._start(ahead, say)
+
     def run(
         self,
         context: base.Run,
@@ -280,8 +324,6 @@ class Engines:
         on_event: Callable[[Event], None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        if self._engine is None:
-            self._engine = self._start()
         job = stage.job(context)
         if stage.launch is not None and self._cfg.engine.kind == "ray":
             self._engine.close()  # it needs the machines that the actors hold
@@ -290,22 +332,17 @@ class Engines:
         else:
             self._engine.run(job, units, on_event, should_stop)
 
-    def _start(self) -> Any:
+    def _start(self, ahead: Collection[str], say: Callable[[str], None]) -> Any:
         engine = self._cfg.engine
         if engine.kind == "serial":
             return SerialEngine(max_retries=engine.max_retries)
-        import ray
-
+        from vlcp_dist.engine import nodes
         from vlcp_dist.engine.pool import RayEngine
 
-        if not ray.is_initialized():
-            # Without an address this machine alone is meant, not a cluster that happens to run on it.
-            address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
-            before = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address, logging_level=logging.WARNING)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which ends with another exit code
-            self._started_ray = True
+        self._started_ray = connect(engine.address)
+        asked = {stage: engine.placement(stage).gpus_per_worker for stage in ahead}
+        nodes.check_gpus(asked, autoscaling=engine.autoscaling, say=say)
+        nodes.check_nodes(storage.locate(self._cfg.root), inputs(self._cfg), say)
         return RayEngine(max_retries=engine.max_retries, start_timeout=engine.start_timeout)
 
     def __exit__(self, *_: object) -> None:

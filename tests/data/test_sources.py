@@ -385,6 +385,17 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         samples_of("webdataset", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "sub/../../a.png", "sub/..", "/" + "long/" * 30 + "a.png"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE])
+def test_names_that_point_outside_are_refused(tmp_path, name, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.type = kind
+        tar.addfile(member)
+    with pytest.raises(SourceError, match=r"x\.tar: member .* points outside the tar"):
+        samples_of("webdataset", tmp_path)
+
+
 def test_sparse_members_are_refused(tmp_path):
     # Their bytes do not lie in one piece, so no offset and size could name them.
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:

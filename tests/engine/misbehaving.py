@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from vlcp_dist.data.manifest import Outcome, Unit
+from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.errors import Stopped
 
 PATIENCE = 60.0  # seconds after which somebody who waits for a file gives up, so that a broken test ends
@@ -32,7 +32,8 @@ class Misbehaving:
         for name in unit.payload.get("await", []):
             meet(self._folder / name)
         info = {"pid": os.getpid(), "node": node(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
-        return Outcome({f"{unit.name}.txt": unit.name.encode()}, n_in=unit.size, info=info)
+        failed = [Failure(f"{unit.name}-{i}", "broken") for i in range(unit.payload.get("broken", 0))]
+        return Outcome({f"{unit.name}.txt": unit.name.encode()}, n_in=unit.size, failed=failed, info=info)
 
     def _attempt(self, unit: Unit) -> int:
         """The number of this attempt; `<unit>.attempt<n>` holds the process that makes it."""

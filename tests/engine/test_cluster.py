@@ -4,12 +4,14 @@ Units and tests wait for each other by files: nothing here depends on how fast t
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
@@ -20,6 +22,7 @@ from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Resources
 from vlcp_dist.engine.pool import RayEngine
 
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "monitoring" / "grafana.json"
 QUICKLY = {  # a node that is gone is noticed, and metrics are sent, sooner than on a real cluster
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
@@ -180,16 +183,20 @@ def test_workers_go_where_labels_and_custom_resources_send_them(engine, add, run
 def test_prometheus_finds_what_the_run_has_done(engine, add, run):
     add(num_cpus=2)
     units = [
-        *(Unit(f"u{i}", 3) for i in range(5)),
+        *(Unit(f"u{i}", 3) for i in range(4)),
+        Unit("holed", 3, {"broken": 2}),
         Unit("mends", 3, {"act": "raise", "times": 1}),
         Unit("bad", 3, {"act": "value"}),
+        Unit("stops", 3, {"act": "stop"}),
     ]
     ran = run(engine, units, resources=Resources(gpus=0), stage="metered")
     expected = {
         "vlcp_units_done": 6,
         "vlcp_units_failed": 1,
         "vlcp_units_retried": 1,
+        "vlcp_units_stopped": 1,
         "vlcp_samples": 18,
+        "vlcp_samples_failed": 2,
         "vlcp_written_bytes": sum(len(content) for content in ran.files().values()),
         "vlcp_write_seconds": sum(marker["write_seconds"] for marker in ran.markers.values()),
     }
@@ -197,13 +204,24 @@ def test_prometheus_finds_what_the_run_has_done(engine, add, run):
     while (found := {key: scrape().get(key, 0.0) for key in expected}) != pytest.approx(expected):
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"ray_\w+", query)}
+    there = set(re.findall(r'^(\w+)\{[^}]*stage="metered"', metrics(), re.MULTILINE))
+    times = {"compute": "seconds", "read": "read_seconds", "wait": "wait_seconds"}  # too short to count, perhaps
+    zero = {f"ray_vlcp_{n}_seconds_total" for n, key in times.items() if not sum(m[key] for m in ran.markers.values())}
+    assert asked and asked - there <= zero
 
 
-def scrape() -> dict[str, float]:
-    """The counters of stage `metered`, from the endpoint of the driver's node."""
+def metrics() -> str:
+    """What Prometheus reads from the driver's node."""
     head = next(node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"])
     url = f"http://{head['NodeManagerAddress']}:{head['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
-        text = answer.read().decode()
-    found = re.findall(r'^(?:ray_)?(vlcp_\w+?)(?:_total)?\{[^}]*stage="metered"[^}]*\} (\S+)$', text, re.MULTILINE)
+        return answer.read().decode()
+
+
+def scrape() -> dict[str, float]:
+    """The counters of stage `metered`."""
+    found = re.findall(r'^(?:ray_)?(vlcp_\w+?)(?:_total)?\{[^}]*stage="metered"[^}]*\} (\S+)$', metrics(), re.MULTILINE)
     return {key: float(value) for key, value in found}

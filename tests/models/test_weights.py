@@ -33,6 +33,10 @@ def test_shards_are_those_that_the_index_names(folder):
     assert find_weights(folder, None, default="owner/name") == [folder / f"{n}.safetensors" for n in ("one", "two")]
     with pytest.raises(ValueError, match=r"two\.safetensors is no safetensors file"):
         count_parameters(folder / "two.safetensors")
+    whole = folder / "one.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"one\.safetensors is cut short or damaged"):
+        count_parameters(whole)
 
 
 def test_the_parts_of_a_pipeline(folder):

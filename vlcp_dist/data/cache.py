@@ -16,11 +16,15 @@ from vlcp_dist.data.threads import concurrently
 Versions = dict[str, tuple[int, str]]
 
 
+def folder() -> Path:
+    """Where this node keeps its copies: `$VLCP_CACHE`, else `~/.cache/vlcp_dist`."""
+    return Path(os.environ.get("VLCP_CACHE") or Path.home() / ".cache" / "vlcp_dist")
+
+
 def copy_of(path: UPath) -> Path:
     """A file or folder of an object store, downloaded once per node and reused while it is unchanged.
 
-    Copies lie in `$VLCP_CACHE`, else `~/.cache/vlcp_dist`, named by URL, sizes and ETags. They may be deleted
-    whenever no run is going on.
+    Copies lie in `folder()`, named by URL, sizes and ETags. They may be deleted whenever no run is going on.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -28,7 +32,7 @@ def copy_of(path: UPath) -> Path:
     """
     with objects.naming(path):
         versions = objects.versions(path)
-    cache = Path(os.environ.get("VLCP_CACHE") or Path.home() / ".cache" / "vlcp_dist")
+    cache = folder()
     entry = cache / hashlib.sha256(repr((str(path), sorted(versions.items()))).encode()).hexdigest()[:24]
     copy = entry / path.name
     if not _whole(copy, versions):

@@ -19,6 +19,7 @@ COUNTERS = {
     "vlcp_write_seconds": "seconds in which workers wrote",
     "vlcp_written_bytes": "bytes of the files that units left",
 }
+WORKERS = "vlcp_workers"
 _UNITS = {"done": "vlcp_units_done", "failed": "vlcp_units_failed", "retry": "vlcp_units_retried"}
 
 
@@ -28,7 +29,7 @@ class Metrics:
     def __init__(self, stage: str):
         self._tags = {"stage": stage}
         self._counters = {name: Counter(name, text, tag_keys=("stage",)) for name, text in COUNTERS.items()}
-        self._workers = Gauge("vlcp_workers", "actors that are up", tag_keys=("stage",))
+        self._workers = Gauge(WORKERS, "actors that are up", tag_keys=("stage",))
         self._sums: Sums[str] = Sums()
 
     def count(self, event: Event) -> None:

@@ -32,6 +32,7 @@ SD15_FILES = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
+SD15_PARTS = ("unet", "vae", "text_encoder")  # that have weights
 # Decoding takes several times the memory of denoising: in slices it never decides the batch size.
 DECODE_BATCH = 8
 

@@ -60,7 +60,7 @@ def count_parameters(path: Path) -> int:
     """How many numbers a safetensors file holds, from its header alone.
 
     Raises:
-        ValueError: it is no safetensors file.
+        ValueError: it is no safetensors file, or not a whole one.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -68,7 +68,10 @@ def count_parameters(path: Path) -> int:
         if not 2 <= length <= size - 8:
             raise ValueError(f"{path} is no safetensors file ({size} bytes); delete it and download it again")
         header = json.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    if 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0) != size:
+        raise ValueError(f"{path} is cut short or damaged ({size} bytes); delete it and download it again")
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def _tensors(model: str | Path, revision: str | None, prefix: str) -> list[str]:

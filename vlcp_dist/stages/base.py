@@ -207,7 +207,7 @@ def dtype(name: str) -> str:
 
 def check_diffusion(cfg: Config) -> None:
     """Raises InputError, with the command that downloads it, where this machine does not see the diffusion model."""
-    from vlcp_dist.models.diffusion import SD15, SD15_FILES
+    from vlcp_dist.models.diffusion import SD15, SD15_FILES, SD15_PARTS
 
     if cfg.diffusion.model is None:
         return  # the pretrain stage makes it
@@ -215,7 +215,7 @@ def check_diffusion(cfg: Config) -> None:
         find_weights(
             cfg.diffusion.model,
             cfg.diffusion.revision,
-            parts=("unet", "vae", "text_encoder"),
+            parts=SD15_PARTS,
             default=SD15,
             files=SD15_FILES,
         )
