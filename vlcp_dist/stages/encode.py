@@ -125,7 +125,7 @@ class Worker:
                 parts.append(self._through(self._vae, rows[part], pixels[part], repeat))
                 start += shard.at_once
                 continue
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 tried = len(rows[part])
                 if not _out_of_memory(error) or tried == 1:
                     raise
