@@ -100,7 +100,6 @@ class Caption(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: int = _knob(32, ge=1)
     attention: Literal["sdpa", "flash_attention_2"] = _knob("sdpa")
-    prefetch_threads: int = _knob(2, ge=1, description="that decode and resize images while others are described")
 
     @model_validator(mode="after")
     def _prompt_names_the_class(self) -> "Caption":

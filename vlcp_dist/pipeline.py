@@ -230,7 +230,9 @@ def _run_stage(
                 folder.write_failures(failed)
                 written = time.monotonic()
 
-    ahead = [name for name, state in states.items() if not state.complete and (not only or name in only)]
+    ahead = [
+        name for name, state in states.items() if not state.complete and state.stage.gpu and (not only or name in only)
+    ]
     try:
         engines.start(ahead, progress.say)
         with interrupt.notify(folder.request_stop) if interrupt else nullcontext():
@@ -308,7 +310,7 @@ class Engines:
         return self
 
     def start(self, ahead: Collection[str], say: Callable[[str], None]) -> None:
-        """Start it if it is not yet, for a run with the stages `ahead`.
+        """Start it if it is not yet, for a run that has the stages `ahead` to do on GPUs.
 
         Raises:
             InputError: the nodes of the cluster cannot do them; nothing was begun.

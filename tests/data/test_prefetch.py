@@ -42,3 +42,9 @@ def test_an_error_is_raised_where_its_result_is_taken_and_no_thread_stays():
         for x in results:
             assert x < 2
     assert threading.active_count() == before
+
+
+def test_two_items_are_in_work_at_once():
+    both = threading.Barrier(2, timeout=30)
+    with Ahead(lambda _: both.wait() >= 0, range(4), threads=2, most=2) as results:
+        assert list(results) == [True] * 4

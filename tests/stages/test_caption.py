@@ -42,8 +42,8 @@ def described(outcome, tmp_path):
 
 
 def test_files_do_not_depend_on_batches_or_threads(llava, tmp_path):
-    one = outcome_of(llava("caption.batch_size=1", "caption.prefetch_threads=1"))
-    eight = outcome_of(llava("caption.batch_size=8", "caption.prefetch_threads=3"))
+    one = outcome_of(llava("caption.batch_size=1", "engine.cpus_per_worker=1"))
+    eight = outcome_of(llava("caption.batch_size=8", "engine.cpus_per_worker=3"))
     assert one.files == eight.files
     facts = [json.loads(parts["json"]) for parts in described(eight, tmp_path).values()]
     assert all(set(fact) == {"raw", "tokens", "finish_reason"} for fact in facts)

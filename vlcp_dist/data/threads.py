@@ -1,8 +1,7 @@
-"""Many small waits for storage at once, and work that is done ahead of those who need it."""
+"""Many small waits for storage at once."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 THREADS = 32
@@ -26,24 +25,5 @@ def concurrently(function: Callable[[Item], Result], items: Iterable[Item], thre
     try:
         results = pool.map(lambda part: [function(item) for item in part], parts)
         return [result for part in results for result in part]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:
-    """`function` of every item, in their order, computed before it is asked for: of at most `most` items at a time.
-
-    Raises:
-        Exception: what `function` raised, at its item's turn; items not begun by then are left alone.
-    """
-    pool = ThreadPoolExecutor(threads)
-    begun: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            begun.append(pool.submit(function, item))
-            if len(begun) >= most:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -134,7 +134,8 @@ class Stage:
 
     `work` weighs a unit for estimates of time. Raise `version` when the code comes to give other results for the same
     configuration. `check` is called on the driver before anything is started, and raises `InputError` where the stage
-    cannot run. `notices` says in words what of its markers' `info` a user should hear of.
+    cannot run. `notices` says in words what of its markers' `info` a user should hear of. A stage without `gpu` leaves
+    the GPUs alone.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Stage:
     work: Callable[[Unit], float] = lambda unit: unit.size
     check: Callable[[Config], None] | None = None
     notices: Mapping[str, str] = field(default_factory=dict)
+    gpu: bool = True
     reads_images: bool = False  # then a unit with failed samples is worth another attempt once they are mended
     version: int = 1
 
@@ -155,7 +157,7 @@ class Stage:
         resources = Resources(
             workers=placed.workers,
             cpus=max(placed.cpus_per_worker, threads),
-            gpus=placed.gpus_per_worker,
+            gpus=placed.gpus_per_worker if self.gpu else 0,
             memory=int((placed.memory_per_worker or 0) * 2**30),
             custom=placed.resources,
             labels=placed.node_labels,

@@ -59,7 +59,7 @@ class Worker:
         """
         rows: list[Row] = []
         failed: list[Failure] = []
-        threads = self._run.cfg.caption.prefetch_threads
+        threads = self._run.cfg.engine.placement("caption").cpus_per_worker
         with Ahead(self._prepare, data, threads=threads, most=AHEAD, initializer=_one_thread) as prepared:
             captions = self._captioner.describe(_usable(prepared, rows, failed))
         samples: list[tuple[str, dict[str, bytes]]] = []

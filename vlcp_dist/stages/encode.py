@@ -5,8 +5,7 @@ fetched: it never waits for Python.
 """
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -19,7 +18,7 @@ from vlcp_dist.config import Config, content
 from vlcp_dist.data import shards
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
-from vlcp_dist.data.threads import ahead
+from vlcp_dist.data.prefetch import Ahead
 from vlcp_dist.models.diffusion import encode_images, image_seed, load_vae
 from vlcp_dist.stages.base import Encoded, Run, Stage, check_diffusion, device, dtype
 from vlcp_dist.stages.caption import units
@@ -34,7 +33,6 @@ class Shard:
     at_once: int
     samples: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
-    waited: float = 0.0
     in_float32: int = 0
 
 
@@ -70,31 +68,23 @@ class Worker:
         """
         shard = Shard(at_once=self._cfg.batch_size)
         before: Batch | None = None
-        for rows, pixels in self._batches(data, shard):
-            batch = self._start(rows, pixels, shard)
+        with Ahead(self._square, data, threads=self._decoders, most=2 * self._cfg.batch_size) as squares:
+            for rows, pixels in self._batches(squares, shard):
+                batch = self._start(rows, pixels, shard)
+                if before:
+                    self._finish(before, shard)
+                before = batch
             if before:
                 self._finish(before, shard)
-            before = batch
-        if before:
-            self._finish(before, shard)
-        info = {
-            "dtype": self._dtype,
-            "redone_in_float32": shard.in_float32,
-            "decode_wait_seconds": round(shard.waited, 3),
-        }
-        return Outcome({f"{unit.name}.tar": shards.pack(shard.samples)}, unit.size, shard.failed, info)
+        info = {"dtype": self._dtype, "redone_in_float32": shard.in_float32}
+        files = {f"{unit.name}.tar": shards.pack(shard.samples)}
+        return Outcome(files, unit.size, shard.failed, info, wait_seconds=squares.waited)
 
-    def _batches(self, data: Iterable[tuple[Row, Encoded]], shard: Shard) -> Iterator[tuple[list[Row], torch.Tensor]]:
+    def _batches(self, squares: Iterator[Square], shard: Shard) -> Iterator[tuple[list[Row], torch.Tensor]]:
         """Rows and their pixels, uint8 (n, 3, size, size), pinned where there is a GPU to copy them to."""
         size = self._cfg.image_size
-        squares = ahead(self._square, data, threads=self._decoders, most=2 * self._cfg.batch_size)
         pinned = self._vae.device.type == "cuda"
-        while True:
-            began = time.perf_counter()
-            group = list(islice(squares, self._cfg.batch_size))
-            shard.waited += time.perf_counter() - began
-            if not group:
-                return
+        while group := list(islice(squares, self._cfg.batch_size)):
             shard.failed += [square for _, square in group if isinstance(square, Failure)]
             good = [(row, square) for row, square in group if isinstance(square, np.ndarray)]
             if good:

@@ -66,4 +66,4 @@ def _content(cfg: Config) -> object:
     return data
 
 
-STAGE = Stage("index", upstream=(), content=_content, units=units, worker=Worker, version=2)
+STAGE = Stage("index", upstream=(), content=_content, units=units, worker=Worker, gpu=False, version=2)

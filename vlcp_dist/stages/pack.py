@@ -46,4 +46,4 @@ class Worker:
         return Outcome(files, unit.size, failed)
 
 
-STAGE = Stage("pack", upstream=("index", "encode"), content=lambda cfg: None, units=units, worker=Worker)
+STAGE = Stage("pack", upstream=("index", "encode"), content=lambda cfg: None, units=units, worker=Worker, gpu=False)
