@@ -1,6 +1,7 @@
 """Captioners through the real path: tiny models of several architectures from disk, and the measured one."""
 
 import hashlib
+import importlib.util
 import json
 import shutil
 
@@ -168,6 +169,10 @@ def test_the_text_of_a_class_is_tokenized_once(folder, images, monkeypatch):
     for image in images:
         captioner.prepare(image, "dog")
     assert len(calls) == 1
+    monkeypatch.setattr("vlcp_dist.models.captioner.TEXTS", 1)
+    captioner.prepare(images[0], "cat")
+    captioner.prepare(images[0], "dog")
+    assert len(calls) == 3
 
 
 def test_without_a_chat_template_the_prompt_takes_llavas_form(folder, images):
@@ -323,6 +328,12 @@ def test_missing_weights_offline(monkeypatch):
 def test_bad_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         load_captioner("llava", **{"model": "folder/of/llava", **DEFAULTS, **changed})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_that_is_not_installed(folder):
+    with pytest.raises(ValueError, match=r"caption\.attention=flash_attention_2 does not work here.*sdpa does"):
+        llava(folder, attention="flash_attention_2")
 
 
 def test_unknown_captioner():

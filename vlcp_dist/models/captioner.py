@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TEXTS = 512  # kept at a time: shards are sorted by class
 Attention = Literal["sdpa", "flash_attention_2"]
 
 
@@ -213,10 +214,13 @@ class Prompter:
         if self._apart:
             pixels = self._pixels(image)
             key = class_name, *(_signature(name, value) for name, value in pixels.items())
-            if key not in self._texts:
-                whole = self._whole(image, class_name)
-                self._texts[key] = {name: value for name, value in whole.items() if name not in pixels}
-            made = self._texts[key] | pixels
+            text = self._texts.get(key)
+            if text is None:
+                text = {name: value for name, value in self._whole(image, class_name).items() if name not in pixels}
+                if len(self._texts) >= TEXTS:
+                    self._texts.clear()
+                self._texts[key] = text
+            made = text | pixels
         else:
             made = self._whole(image, class_name)
         made = {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in made.items()}

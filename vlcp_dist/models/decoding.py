@@ -2,6 +2,9 @@
 
 The continuous batching of transformers takes token ids and no images, so the loop is here: prompts are run in small
 groups (prefill) and written into free places of one cache, and a step of decoding moves all places on by a token.
+At the lengths that captions have, this is 1.2 to 1.3 times as fast as batches of `generate` on a CPU. Giving places up
+without refilling them does as well there, where a step takes as long as it has rows; on a GPU it hardly does, and only
+full places keep it busy (`python -m benchmarks caption` measures both).
 """
 
 from __future__ import annotations
@@ -63,25 +66,15 @@ class _Row:
 class Decoder:
     """Greedy at temperature 0, else sampled with `gumbel_noise`. Keeps its cache from call to call.
 
-    `refill` is the number of places that must be free before more prompts are run, an eighth of all if not given.
     A model that keeps other state than the keys and values of full attention (sliding windows, cross-attention, an
     encoder) is run by transformers' `generate` in batches, and that is said once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        pad_token_id: int,
-        temperature: float,
-        batch_size: int,
-        refill: int | None = None,
-    ):
+    def __init__(self, model: Any, *, pad_token_id: int, temperature: float, batch_size: int):
         self.model = model
         self.batch_size = batch_size
         self._pad_token_id = pad_token_id
         self._temperature = temperature
-        self._refill = refill
         self._places: Places | None = None
         self._rows: list[_Row] = []
         if why := _other_state(model):
@@ -122,7 +115,7 @@ class Decoder:
 
     def _admit(self, again: deque[_Row], todo: Iterator[_Row]) -> list[_Row]:
         """Clear places whose sequence has ended, and take what goes into free ones once it is worth a prefill."""
-        refill = self._refill or max(1, min(PREFILL, self.batch_size // 8))
+        refill = max(1, min(PREFILL, self.batch_size // 8))
         ended = sum(row.answer is not None for row in self._rows)
         if ended >= min(refill, len(self._rows)):
             self._clear()
