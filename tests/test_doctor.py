@@ -55,6 +55,11 @@ def refused(cfg) -> str:
     return str(caught.value)
 
 
+def test_a_cluster_that_is_not_there(micro):
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1 \(engine\.address"):
+        examine(micro("engine={address: '127.0.0.1:1'}"))
+
+
 def test_all_is_well(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "SLOW", 0)
     root = tmp_path / "run"
