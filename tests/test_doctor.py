@@ -18,7 +18,7 @@ import vlcp_dist
 from runs import MICRO
 from vlcp_dist import pipeline
 from vlcp_dist.cli import app
-from vlcp_dist.doctor import checks, examine
+from vlcp_dist.doctor import Check, checks, examine
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.errors import ConfigError, InputError
 from vlcp_dist.models.tiny_llava import build_tiny_llava
@@ -43,7 +43,7 @@ def cluster(here, tmp_path_factory):
     cluster.shutdown()
 
 
-def bad(cfg) -> dict[str, checks.Check]:
+def bad(cfg) -> dict[str, Check]:
     return {check.name: check for check in examine(cfg).checks if not check.ok}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vlcp_dist.data import cache, storage
 from vlcp_dist.data.storage import Location
 from vlcp_dist.engine.nodes import seen
-from vlcp_dist.models import weights
+from vlcp_dist.models import presence
 
 # Results depend on these, or nodes exchange their objects.
 PACKAGES = (
@@ -100,10 +100,10 @@ def model(name: str, revision: str | None) -> str:
     Raises:
         ValueError: it is neither here nor to be had, or not whole; the message says what to do.
     """
-    folder = weights.fetched(name, revision)
+    folder = presence.fetched(name, revision)
     if folder is not None:
-        return f"{weights.inspect(folder) / 2**30:.1f} GiB, whole, in {folder}"
-    if why := weights.reachable(name, revision):
+        return f"{presence.inspect(folder) / 2**30:.1f} GiB, whole, in {folder}"
+    if why := presence.reachable(name, revision):
         raise ValueError(
             f"{name} is no folder here, not in the hub's cache ({_hub_cache()}), and cannot be downloaded ({why}); "
             f"fetch it once with `hf download {name}` to storage that all nodes see, and give that folder"

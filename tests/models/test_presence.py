@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vlcp_dist.models import weights
+from vlcp_dist.models import presence
 from vlcp_dist.models.tiny_llava import build_tiny_llava
 
 
@@ -18,10 +18,10 @@ def llava(tmp_path_factory):
 def test_whole_weights_are_counted_and_cut_ones_named(llava):
     file = llava / "model.safetensors"
     content = file.read_bytes()
-    assert weights.inspect(llava) == len(content)
+    assert presence.inspect(llava) == len(content)
     os.truncate(file, len(content) - 1)
     with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged"):
-        weights.inspect(llava)
+        presence.inspect(llava)
     file.write_bytes(content)
 
 
@@ -32,14 +32,14 @@ def test_parts_that_an_index_names_must_be_there(llava, tmp_path):
     )
     (tmp_path / "one.safetensors").write_bytes((llava / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"two\.safetensors is missing"):
-        weights.inspect(tmp_path)
+        presence.inspect(tmp_path)
 
 
 def test_a_diffusion_model_without_one_of_its_parts(llava, tmp_path):
     (tmp_path / "model_index.json").write_text('{"unet": [], "vae": []}')
     with pytest.raises(ValueError, match="has no text_encoder"):
-        weights.inspect(tmp_path)
+        presence.inspect(tmp_path)
 
 
 def test_what_was_never_downloaded(monkeypatch, tmp_path):
-    assert weights.fetched("some/model-that-nobody-has", None) is None
+    assert presence.fetched("some/model-that-nobody-has", None) is None
