@@ -71,6 +71,12 @@ for ((i = 1; i <= WORKERS; i++)); do
     wait_for "worker-$i.log" "${pids[i]}"
 done
 
+# Jobs are taken once the head's agent listens; that comes a little after the rest.
+until (exec 3<>/dev/tcp/127.0.0.2/52365) 2>/dev/null; do
+    kill -0 "${pids[0]}"
+    sleep 0.2
+done
+
 if (($#)); then
     "$@"
 else

@@ -30,6 +30,7 @@ RAY = {
     "engine/ray_train.py",
     "pipeline.py",
     "doctor/checks.py",
+    "doctor/fit.py",
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

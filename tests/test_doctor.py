@@ -18,7 +18,7 @@ import vlcp_dist
 from runs import MICRO
 from vlcp_dist import pipeline
 from vlcp_dist.cli import app
-from vlcp_dist.doctor import checks, examine
+from vlcp_dist.doctor import Check, checks, examine
 from vlcp_dist.engine.progress import Progress
 from vlcp_dist.errors import ConfigError, InputError
 from vlcp_dist.models.tiny_llava import build_tiny_llava
@@ -43,7 +43,7 @@ def cluster(here, tmp_path_factory):
     cluster.shutdown()
 
 
-def bad(cfg) -> dict[str, checks.Check]:
+def bad(cfg) -> dict[str, Check]:
     return {check.name: check for check in examine(cfg).checks if not check.ok}
 
 
@@ -53,6 +53,11 @@ def refused(cfg) -> str:
         pipeline.run(cfg, Progress())
     assert not list(Path(cfg.root).glob("*/done/*"))
     return str(caught.value)
+
+
+def test_a_cluster_that_is_not_there(micro):
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1 \(engine\.address"):
+        examine(micro("engine={address: '127.0.0.1:1'}"))
 
 
 def test_all_is_well(cluster, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -286,9 +287,12 @@ def connect(address: str | None) -> bool:
     # Without an address this machine alone is meant, not a cluster that happens to run on it.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     before = signal.getsignal(signal.SIGTERM)
+    host, _, port = address.rpartition(":")
     try:
+        if "://" not in address and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=30).close()  # Ray itself would try for minutes
         ray.init(address=address, logging_level=logging.WARNING)
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise InputError(
             f"no Ray cluster at {address} (engine.address, or RAY_ADDRESS): {error}; "
             f"start one (cluster/README.md), or leave both out to use this machine alone"

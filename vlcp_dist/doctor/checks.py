@@ -1,55 +1,27 @@
 """What `vlcp doctor` asks the nodes, and what it makes of their answers: each line is OK or says what to do."""
 
-import math
-import shutil
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vlcp_dist import pipeline
 from vlcp_dist.config import Config
 from vlcp_dist.data import storage
+from vlcp_dist.doctor import fit
 from vlcp_dist.doctor import node as on_node
+from vlcp_dist.doctor.check import Check, Report
 from vlcp_dist.engine import nodes
 from vlcp_dist.engine.nodes import NoAnswer, Node
 from vlcp_dist.models.captioner import LLAVA
 from vlcp_dist.models.diffusion import SD15, SD15_FILES, SD15_PARTS
-from vlcp_dist.stages import base
 
 SKEW = 5.0  # seconds; object stores refuse requests at 15 minutes, and logs of two nodes cannot be compared long before
 SLOW = 5e6  # bytes per second of storage: a U-Net of 3.4 GB would take 11 minutes
 USED = 0.1  # of a GPU's memory by other processes
-ROOM = 2**30  # bytes that must be free besides what is known to be written
 
 Each = Callable[..., dict[Node, Any]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line: what was looked at, what was found, and, if that is not `ok`, what to do. `node` None: all of them."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
-    node: str | None = None
-
-
-@dataclass
-class Report:
-    checks: list[Check] = field(default_factory=list)
-    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "nodes": self.facts}
 
 
 def examine(cfg: Config, on_check: Callable[[Check], None] = lambda _: None) -> Report:
@@ -91,8 +63,8 @@ def _checks(cfg: Config, report: Report) -> Iterator[Check]:
     yield from _weights(cfg, each, there)
     if ray_engine:
         yield from _reduce(there)
-        yield from _workers_fit(cfg)
-    yield from _bytes_fit(cfg)
+        yield from fit.workers(cfg)
+    yield from fit.room(cfg)
 
 
 def _here(function: Callable[..., Any], arguments: Mapping[Node, tuple[Any, ...]]) -> dict[Node, Any]:
@@ -195,7 +167,7 @@ def _disks(each: Each, there: list[Node]) -> Iterator[Check]:
         if isinstance(disk, NoAnswer):
             continue
         found = f"writes {_rate(disk['write'])}, reads {_rate(disk['read'])}, {disk['free'] / 2**30:.1f} GiB free"
-        ok = min(disk["write"], disk["read"]) > SLOW and disk["free"] > ROOM
+        ok = min(disk["write"], disk["read"]) > SLOW and disk["free"] > fit.ROOM
         yield Check("disk", ok, found, "" if ok else "set VLCP_CACHE to a folder on a faster disk with room", node.name)
 
 
@@ -286,52 +258,6 @@ def _reduce(there: list[Node]) -> Iterator[Check]:
     if len(found) == len(ranks):
         slowest = max(answer["seconds"] for answer in found.values())
         yield Check(backend, True, f"all-reduce of 4 MiB over {_count(found)} in {slowest * 1000:.1f} ms")
-
-
-def _workers_fit(cfg: Config) -> Iterator[Check]:
-    """Whether the nodes can hold a worker of every stage that has something left to do."""
-    import ray
-
-    from vlcp_dist.engine.actors import actor_options, capacity, describe, describe_cluster
-
-    alive, context = ray.nodes(), base.make_run(cfg, pipeline.stages(cfg))
-    held: list[str] = []
-    for state in pipeline.status(cfg):
-        if state.complete:
-            continue
-        name = state.stage.name
-        options, needed = actor_options(state.stage.job(context), alive), 1
-        if name == "finetune":
-            options["num_gpus"], needed = math.ceil(options["num_gpus"]), cfg.finetune.workers
-        fit = capacity(alive, options)
-        held.append(f"{fit} {name}")
-        if fit < needed and not cfg.engine.autoscaling:
-            yield Check(
-                "workers", False,
-                f"{name} needs {needed} with {describe(options)} each; "
-                f"the cluster has {describe_cluster(alive, options)}, which hold {fit}",
-                "ask for less (engine.*, finetune.workers), or start nodes",
-            )  # fmt: skip
-            return
-    yield Check("workers", True, f"room for {', '.join(held)}" if held else "nothing left to do")
-
-
-def _bytes_fit(cfg: Config) -> Iterator[Check]:
-    """Whether what is left to write has room, as far as units done so far tell its size."""
-    states = [state for state in pipeline.status(cfg) if not state.complete]
-    known = {state.stage.name: left for state in states if (left := state.estimate()["bytes_left"]) is not None}
-    needed = sum(known.values())
-    text = f"{needed / 2**30:.1f} GiB left to write by {len(known)} of {len(states)} stages whose size is known"
-    if len(known) < len(states):
-        text += " (`vlcp run --max-units 2` measures the others)"
-    root = storage.locate(cfg.root)
-    if not isinstance(root, Path):
-        yield Check("room", True, f"{text}; {cfg.root} is an object store")
-        return
-    free = shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
-    ok = free > needed + ROOM
-    remedy = "" if ok else "make room, or choose another root"
-    yield Check("room", ok, f"{text}; {free / 2**30:.1f} GiB free at root={cfg.root}", remedy)
 
 
 def _unanswered(name: str, answers: Mapping[Node, Any], remedy: str) -> Iterator[Check]:
