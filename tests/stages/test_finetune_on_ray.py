@@ -20,7 +20,7 @@ SETTINGS += ["finetune.strategy=deepspeed", "finetune.deepspeed=zero2", "finetun
 def two_cpus():
     import ray
 
-    ray.init(num_cpus=2, logging_level="WARNING")
+    ray.init(address="local", num_cpus=2, logging_level="WARNING")
     yield
     ray.shutdown()
 

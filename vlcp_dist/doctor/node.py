@@ -16,7 +16,7 @@ from typing import Any
 from vlcp_dist.data import cache, storage
 from vlcp_dist.data.storage import Location
 from vlcp_dist.engine.nodes import seen
-from vlcp_dist.models import presence
+from vlcp_dist.models import weights
 
 # Results depend on these, or nodes exchange their objects.
 PACKAGES = (
