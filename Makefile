@@ -11,7 +11,7 @@ demo: install
 	$(VENV)/bin/vlcp run --config configs/demo.yaml root=runs/demo
 
 test: install
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist worksteal
 
 lint: install
 	$(VENV)/bin/ruff check .
