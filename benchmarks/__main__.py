@@ -26,13 +26,15 @@ def main() -> None:
     parser.add_argument("--size", choices=("tiny", "real"), default="real", help="tiny: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     rows = [
         {"ceiling": None, "note": "", **row, "device": arguments.device, "versions": _versions(), "machine": _machine()}
         for row in _measure(arguments.name, device=arguments.device, size=arguments.size)
     ]
+    Console().print(_table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    Console().print(_table(rows))
 
 
 def _measure(name: str, **arguments: str) -> list[dict[str, Any]]:

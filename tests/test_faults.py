@@ -212,7 +212,7 @@ def test_what_is_made_from_a_unit_that_changed_no_longer_counts(copy):
     rows = {row["stage"]: row for row in state_of(copy, "max_failed_samples=5")}
     assert rows["caption"]["done"] == 15
     assert {name for name, row in rows.items() if not row["done"]} == {
-        "pretrain", "encode", "finetune", "prototypes", "synthesize", "evaluate",
+        "pretrain", "encode", "finetune", "prototypes", "synthesize", "baselines", "evaluate",
     }  # fmt: skip
     assert all("made from" in why for why in rows["evaluate"]["damaged"].values())
     assert vlcp("status", *arguments, check=False).returncode == 1

@@ -34,6 +34,12 @@ def test_every_stage_leaves_its_artefacts(reference):
     assert not list(reference.glob("finetune-*/checkpoint*"))
 
 
+def test_the_longest_units_are_done_first(reference):
+    done = [json.loads(path.read_text()) for path in reference.glob("evaluate-*/done/**/*.json")]
+    images = [marker["n_in"] for marker in sorted(done, key=lambda marker: marker["finished"])]
+    assert images == sorted(images, reverse=True) and len(set(images)) > 1
+
+
 def test_ray_gives_the_bytes_of_the_serial_engine(reference, tmp_path):
     vlcp("run", "-c", str(MICRO), f"root={tmp_path / 'run'}", "engine.workers=2")
     assert artefacts(tmp_path / "run") == artefacts(reference)

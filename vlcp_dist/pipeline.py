@@ -105,7 +105,7 @@ def run(
             for stage in plan:
                 if (only and stage.name not in only) or _waits(stage, states, only, progress):
                     continue
-                _set_aside_stale(context, plan, states)
+                _set_aside_stale(context, plan, states, stage)
                 states[stage.name] = _run_stage(
                     context, stage, engines, progress, states,
                     again=again, max_units=max_units, should_stop=should_stop, interrupt=interrupt,
@@ -193,7 +193,9 @@ def _run_stage(
         replace(unit, replaces=redo[unit.name]["finished"]) if unit.name in redo else unit
         for unit in state.units or []
         if unit.name not in keep
-    ][:max_units]
+    ]
+    # The longest first, so that none begins when the others have finished; a trial takes them as they come.
+    todo = sorted(todo, key=stage.work, reverse=True) if max_units is None else todo[:max_units]
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
         return state
@@ -232,12 +234,17 @@ def _run_stage(
     return state
 
 
-def _set_aside_stale(context: base.Run, plan: list[base.Stage], states: dict[str, StageStatus]) -> None:
-    """Set aside the stages made from units that have been done again with another outcome, and what follows from them.
+def _set_aside_stale(
+    context: base.Run, plan: list[base.Stage], states: dict[str, StageStatus], due: base.Stage
+) -> None:
+    """If the stage that is due was made from units done again with another outcome, set it and what follows aside.
 
-    The last stage first: a kill on the way leaves the first one to be found stale by the next run.
+    Not before it is due: what it is made from may yet be mended. The last stage first: a kill on the way leaves the
+    first one to be found stale by the next run.
     """
     stale = stale_stages(states.values())
+    if due.name not in stale:
+        return
     for stage in reversed(plan):
         if stage.name in stale:
             context.folders[stage.name].supersede()
