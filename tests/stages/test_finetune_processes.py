@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from vlcp_dist.data import checkpoints
 from vlcp_dist.stages import finetune
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SETTINGS = ["finetune.epochs=3", "finetune.micro_batch_size=3", "finetune.warmup_steps=6", "finetune.text_dropout=0.2"]
 SETTINGS += ["finetune.sample_images=1", "finetune.checkpoint_every=5"]
 # What a launcher does: the same program in every process. Each prints what accelerate says it runs, and its losses.
@@ -81,7 +83,9 @@ def test_zero_1_on_two_processes_goes_on_in_one(run_with, tmp_path):
     """Process 1 asks for a stop after step 8, amid an epoch; both save, and one process ends the training."""
     quiet = run_with(*SETTINGS)
     folder, (unit,) = quiet.folders["finetune"].path, finetune.units(quiet)
-    expected = json.loads(finetune.Worker(quiet).process(unit, None).files["training.json"])["loss"]
+    worker = finetune.Worker(quiet)
+    files = worker.process(unit, None).files
+    expected, average = json.loads(files["training.json"])["loss"], load_file(files[WEIGHTS])
     for name in checkpoints.names(folder):
         (folder / name).unlink()
     config = tmp_path / "config.yaml"
@@ -93,6 +97,10 @@ def test_zero_1_on_two_processes_goes_on_in_one(run_with, tmp_path):
         assert one["losses"] == pytest.approx(expected[:8], rel=1e-5)
     saved = checkpoints.newest(folder)
     assert (saved["step"], saved["workers"]) == (8, 2)
-    outcome = finetune.Worker(quiet).process(unit, None)
+    resumed = finetune.Worker(quiet)  # its files live as long as it does
+    outcome = resumed.process(unit, None)
     assert outcome.info["resumed_at_step"] == 8 and outcome.info["workers"] == 1
     assert json.loads(outcome.files["training.json"])["loss"] == pytest.approx(expected, rel=1e-4)
+    again, start = load_file(outcome.files[WEIGHTS]), load_file(Path(quiet.diffusion_model) / WEIGHTS)
+    apart, moved = (sum((a[k] - b[k]).square().sum() for k in a) for a, b in ((again, average), (average, start)))
+    assert apart < 1e-4 * moved

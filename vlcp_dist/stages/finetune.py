@@ -19,7 +19,8 @@ from vlcp_dist.engine import ray_train
 from vlcp_dist.engine.executor import Event, Job, never
 from vlcp_dist.errors import Stopped
 from vlcp_dist.models.finetuned import save_pipeline
-from vlcp_dist.models.unet_trainer import Recipe, Setup, Trainer
+from vlcp_dist.models.training_setup import Recipe, Setup
+from vlcp_dist.models.unet_trainer import Trainer
 from vlcp_dist.ops.order import Batch, batches, steps_per_epoch
 from vlcp_dist.stages import training_inputs
 from vlcp_dist.stages.base import Run, Stage, check_diffusion, dtype
