@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from benchmarks import machine
-from vlcp_dist.config import PROMPT
 from vlcp_dist.data.images import decode
 from vlcp_dist.data.prefetch import Ahead
 from vlcp_dist.models import tiny_llava
 from vlcp_dist.models.captioner import Prompter, fitting_batch, need
 from vlcp_dist.models.decoding import Decoder, Request
+from vlcp_dist.schema import PROMPT
 from vlcp_dist.stages.caption import AHEAD
 
 Row = dict[str, Any]

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from benchmarks.photographs import jpegs
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.data.images import decode_pixels, to_square
 from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Executor
+from vlcp_dist.schema import Config
 from vlcp_dist.stages import encode, index
 from vlcp_dist.stages.base import Run, make_run
 

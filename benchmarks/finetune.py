@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from benchmarks.photographs import jpegs
-from vlcp_dist.config import Config
 from vlcp_dist.data import shards
 from vlcp_dist.models.tiny_sd import SCHEDULER, train_tokenizer
 from vlcp_dist.pipeline import stages
+from vlcp_dist.schema import Config
 from vlcp_dist.stages import finetune, index
 from vlcp_dist.stages.base import Run, make_run
 

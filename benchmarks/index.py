@@ -36,7 +36,7 @@ def measure(files: int = 1_281_167, classes: int = 1000) -> list[dict[str, Any]]
 
 def ours(folder: Path) -> None:
     """The index stage as a run does it: listing, safe and unique keys, splits, shards, written and verified."""
-    from vlcp_dist.config import Config
+    from vlcp_dist.schema import Config
     from vlcp_dist.stages import index
     from vlcp_dist.stages.base import make_run
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vlcp_dist import config
+from vlcp_dist import config, schema
 
 HEAD = """# Configuration
 
@@ -42,7 +42,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field holds; placements of stages are described once, as those of all."""
     options = [annotation, *typing.get_args(annotation)]
     found = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-    return [model for model in found if model is not config.Placement]
+    return [model for model in found if model is not schema.Placement]
 
 
 def _type(field: FieldInfo) -> str:
@@ -64,7 +64,7 @@ def _name(annotation: Any) -> str:
         return " or ".join(_name(argument) for argument in arguments)
     if annotation is type(None):
         return "null"
-    return "placement" if annotation is config.Placement else getattr(annotation, "__name__", str(annotation))
+    return "placement" if annotation is schema.Placement else getattr(annotation, "__name__", str(annotation))
 
 
 def _limit(item: Any) -> str:

@@ -8,18 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vlcp_dist"
 LAYERS = {  # what each part may import of the package
     "errors": set(),
-    "config": {"errors"},
+    "schema": set(),
+    "config": {"schema", "errors"},
     "ops": {"ops"},
     "models": {"models", "ops"},
     "data": {"data", "errors"},
     "engine": {"engine", "data", "errors"},
-    "stages": {"stages", "engine", "models", "ops", "data", "config", "errors"},
+    "stages": {"stages", "engine", "models", "ops", "data", "config", "schema", "errors"},
     "interrupt": set(),
     "status": {"stages", "data"},
-    "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "errors"},
-    "report": {"report", "pipeline", "status", "stages", "data", "config", "errors"},
-    "doctor": {"doctor", "pipeline", "stages", "engine", "models", "data", "config"},
-    "cli": {"report", "doctor", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
+    "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "schema", "errors"},
+    "report": {"report", "pipeline", "status", "stages", "data", "config", "schema", "errors"},
+    "doctor": {"doctor", "pipeline", "stages", "engine", "models", "data", "config", "schema"},
+    "cli": {"report", "doctor", "pipeline", "status", "interrupt", "engine", "data", "config", "schema", "errors"},
     "__main__": {"cli"},
 }
 RAY = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlcp_dist import config, pipeline
+from vlcp_dist import config, pipeline, schema
 from vlcp_dist.errors import ConfigError
 from vlcp_dist.stages import base
 
@@ -106,7 +106,7 @@ def test_overrides_reach_nested_values(micro):
 
 
 def test_an_engine_can_be_named_alone(micro):
-    assert micro("engine=serial").engine == config.Engine(kind="serial")
+    assert micro("engine=serial").engine == schema.Engine(kind="serial")
     with pytest.raises(ConfigError, match=r"engine\.kind = 'spark'"):
         micro("engine=spark")
 
@@ -147,7 +147,7 @@ def test_a_new_seed_or_source_renames_everything(micro):
 
 
 def test_a_deepspeed_file_is_read_with_the_configuration(micro, tmp_path):
-    assert json.loads((config.DEEPSPEED / "zero1.json").read_text()) == micro().finetune.deepspeed
+    assert json.loads((schema.DEEPSPEED / "zero1.json").read_text()) == micro().finetune.deepspeed
     assert micro("finetune.deepspeed=zero2").finetune.deepspeed["zero_optimization"]["stage"] == 2
     (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}')
     own = micro(f"finetune.deepspeed={tmp_path / 'own.json'}").finetune.deepspeed
@@ -183,8 +183,8 @@ def test_shipped_configs_are_valid_and_say_what_they_are(path):
 def test_each_protocol_has_its_nets_and_what_the_other_needs_renames_nothing(micro):
     soft = {"protocol": "soft", "image_size": 32, "epochs": 2}
     cfg = micro(f"evaluate={soft}")
-    assert cfg.evaluate.nets == ["resnet18"] and config.Evaluate().nets == ["resnetap10"]
-    assert (config.Evaluate(protocol="soft").image_size, config.Evaluate().image_size) == (224, 256)
+    assert cfg.evaluate.nets == ["resnet18"] and schema.Evaluate().nets == ["resnetap10"]
+    assert (schema.Evaluate(protocol="soft").image_size, schema.Evaluate().image_size) == (224, 256)
     before = folders(cfg)
     assert "teachers" in before and "teachers" not in folders(micro())
     taught = {"checkpoints": {"resnet18": "somewhere"}}

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Event
@@ -20,6 +19,7 @@ from vlcp_dist.engine.progress import Progress
 from vlcp_dist.engine.serial import SerialEngine
 from vlcp_dist.errors import ConfigError, InputError, StageFailed, Stopped
 from vlcp_dist.interrupt import Interrupt, Terminated
+from vlcp_dist.schema import Config
 from vlcp_dist.stages import (
     base,
     caption,

@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 
 from tiny_models import build_tiny_llava_next, build_tiny_qwen2_vl, build_tiny_sliding_llava
-from vlcp_dist import config
 from vlcp_dist.models import decoding
 from vlcp_dist.models.captioner import Caption, load_captioner
 from vlcp_dist.models.decoding import collate, end_tokens
 from vlcp_dist.models.tiny_llava import build_tiny_llava
 from vlcp_dist.ops.sampling import GumbelNoise
+from vlcp_dist.schema import PROMPT
 
 NAMES = ["dog", "Saluki, gazelle hound", "ship", "cat", "golf ball", "frog", "French horn", "digit {three}"]
-PROMPTS = [config.PROMPT.replace("{class_name}", name) for name in NAMES]
+PROMPTS = [PROMPT.replace("{class_name}", name) for name in NAMES]
 DEFAULTS = {
     "revision": None,
-    "prompt": config.PROMPT,
+    "prompt": PROMPT,
     "max_new_tokens": 16,
     "temperature": 0.0,
     "batch_size": 8,
@@ -143,7 +143,7 @@ def test_the_batch_size_changes_nothing(folder, images, batch_size):
 
 def test_the_prompt_is_the_papers(folder, images):
     captioner = llava(folder)
-    assert config.PROMPT == (
+    assert PROMPT == (
         "Describe the physical appearance of the {class_name} in the image. "
         "Include details about its shape, posture, color, and any distinct features."
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vlcp_dist import pipeline
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.doctor import fit
 from vlcp_dist.doctor import node as on_node
@@ -16,6 +15,7 @@ from vlcp_dist.engine import nodes
 from vlcp_dist.engine.nodes import NoAnswer, Node
 from vlcp_dist.models.captioner import LLAVA
 from vlcp_dist.models.diffusion import SD15, SD15_FILES, SD15_PARTS
+from vlcp_dist.schema import Config
 
 SKEW = 5.0  # seconds; object stores refuse requests at 15 minutes, and logs of two nodes cannot be compared long before
 SLOW = 5e6  # bytes per second of storage: a U-Net of 3.4 GB would take 11 minutes

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlcp_dist import pipeline
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.doctor.check import Check
+from vlcp_dist.schema import Config
 from vlcp_dist.stages import base
 
 ROOM = 2**30  # bytes that must be free besides what is known to be written

@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from vlcp_dist.config import REAL_METHODS
 from vlcp_dist.data import storage
 from vlcp_dist.errors import InputError
 from vlcp_dist.report.charts import Line, Style, key, line_chart
 from vlcp_dist.report.page import render
 from vlcp_dist.report.results import summarize
 from vlcp_dist.report.tables import ipcs_of, spread
+from vlcp_dist.schema import REAL_METHODS
 
 # Of up to eight runs, in colours that the colour-blind can tell apart.
 STYLES = [

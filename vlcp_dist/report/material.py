@@ -8,12 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.data.classes import ClassInfo
 from vlcp_dist.data.index import Row
 from vlcp_dist.pipeline import stages
 from vlcp_dist.report.pictures import TILE, TINY, blank, contact_sheet, data_uri, tile
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import make_run
 from vlcp_dist.stages.synthesize import image_path
 from vlcp_dist.status import StageStatus

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vlcp_dist.config import Config
 from vlcp_dist.data import storage
 from vlcp_dist.report import classes, figures, finetuning, material, tables
 from vlcp_dist.report.material import Material
 from vlcp_dist.report.results import results, summarize
+from vlcp_dist.schema import Config
 from vlcp_dist.status import StageStatus, failures
 
 LONG = ("curve", "per_class", "classes")  # stay in the records of the evaluate and baselines folders

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlcp_dist.config import Config, fingerprint
+from vlcp_dist.config import fingerprint
 from vlcp_dist.data import packs, shards, storage
 from vlcp_dist.data.images import BadImage, decode, decode_pixels, to_square
 from vlcp_dist.data.index import Index, Row
@@ -16,6 +16,7 @@ from vlcp_dist.data.sources import Source, SourceError, open_source
 from vlcp_dist.engine.executor import Job, Resources, Worker
 from vlcp_dist.errors import InputError
 from vlcp_dist.models.weights import find_weights
+from vlcp_dist.schema import Config
 
 Encoded = bytes | BadImage
 

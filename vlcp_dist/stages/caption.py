@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data import shards
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
@@ -17,6 +17,7 @@ from vlcp_dist.models import weights
 from vlcp_dist.models.captioner import LLAVA, load_captioner
 from vlcp_dist.ops.captions import names_class, repeats_phrase
 from vlcp_dist.ops.text import clean_description
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Encoded, Run, Stage, device, dtype
 
 AHEAD = 48  # images decoded and not yet described: three times what is taken at once

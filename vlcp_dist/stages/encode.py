@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data import shards
 from vlcp_dist.data.index import Row
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
 from vlcp_dist.data.prefetch import Ahead
 from vlcp_dist.models.diffusion import encode_images, image_seed, load_vae
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Encoded, Run, Stage, check_diffusion, device, dtype
 from vlcp_dist.stages.caption import units
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from vlcp_dist.config import ONLY_HARD, ONLY_SOFT, REAL_METHODS, Config, Evaluate, content
+from vlcp_dist.config import content
 from vlcp_dist.data.index import Index, Row
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.models import classifiers, hard_label, soft_label, standard
 from vlcp_dist.models.training import Result
 from vlcp_dist.ops.selection import herding, k_center_greedy, random_subset
+from vlcp_dist.schema import ONLY_HARD, ONLY_SOFT, REAL_METHODS, Config, Evaluate
 from vlcp_dist.stages import teachers
 from vlcp_dist.stages.base import Run, Stage, class_shards, device
 from vlcp_dist.stages.checkpoints import Checkpoints

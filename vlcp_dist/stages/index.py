@@ -2,11 +2,12 @@
 
 import math
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data import storage
 from vlcp_dist.data.index import Index, assign, files
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.errors import InputError
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Run, Stage
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.models.tiny_sd import build_tiny_sd
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Run, Stage
 
 

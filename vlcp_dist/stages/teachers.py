@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from vlcp_dist.config import Config, content
+from vlcp_dist.config import content
 from vlcp_dist.data import storage
 from vlcp_dist.data.index import Index
 from vlcp_dist.data.manifest import Outcome, Unit
 from vlcp_dist.errors import InputError
 from vlcp_dist.models import soft_label, standard
 from vlcp_dist.models.soft_label import TeacherRecipe
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Run, Stage, device
 from vlcp_dist.stages.checkpoints import Checkpoints
 from vlcp_dist.stages.image_sets import real_images, split_images
