@@ -27,12 +27,14 @@ def launch(
     *,
     workers: int,
     elastic: bool,
+    autoscaling: bool,
     max_failures: int,
 ) -> None:
     """Do the unit on `workers` Ray Train workers, with a GPU each where the cluster has them.
 
     When a worker is lost all start again, at most `max_failures` times; with `elastic` on as many as there is room
-    for. `should_stop` is asked once a second: it may raise. That a stop was asked for is told to the workers by a file.
+    for. With `autoscaling` nodes may yet come, and are waited for. `should_stop` is asked once a second: it may
+    raise. That a stop was asked for is told to the workers by a file.
 
     Raises:
         InputError: the nodes cannot hold so many workers, or with `elastic` none.
@@ -43,7 +45,8 @@ def launch(
 
     # It tells workers to checkpoint before a node goes; ours do so all along.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    asked = _asked(job, ray.nodes(), least=1 if elastic else workers, workers=workers)
+    least = 0 if autoscaling else 1 if elastic else workers
+    asked = _asked(job, ray.nodes(), least=least, workers=workers)
     needs = {"CPU": asked["num_cpus"], "GPU": asked["num_gpus"], **asked.get("resources", {})}
     if "memory" in asked:
         needs["memory"] = asked["memory"]

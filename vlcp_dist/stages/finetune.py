@@ -190,9 +190,11 @@ def launch(
     run: Run, job: Job, unit: Unit, on_event: Callable[[Event], None], should_stop: Callable[[], bool] = never
 ) -> None:
     """Train on `finetune.workers` processes; see `ray_train.launch`."""
-    cfg = run.cfg.finetune
-    retries = run.cfg.engine.max_retries
-    ray_train.launch(job, unit, on_event, should_stop, workers=cfg.workers, elastic=cfg.elastic, max_failures=retries)
+    cfg, engine = run.cfg.finetune, run.cfg.engine
+    ray_train.launch(
+        job, unit, on_event, should_stop,
+        workers=cfg.workers, elastic=cfg.elastic, autoscaling=engine.autoscaling, max_failures=engine.max_retries,
+    )  # fmt: skip
 
 
 STAGE = Stage(
