@@ -167,7 +167,7 @@ def test_names_and_descriptions_beyond_ascii(config_of, tmp_path):
     states = run(
         config_of(f"data.class_names={json.dumps(names, ensure_ascii=False)}", "ipc=[1]", "evaluate.baselines=[]")
     )
-    metadata = next(states[7].folder.path.glob("DCS/ipc=1/digit_two/metadata.jsonl")).read_text()
+    metadata = next(states[7].folder.path.glob("DCS/ipc=1/train/digit_two/metadata.jsonl")).read_text()
     assert "数字" in json.loads(metadata)["prompt"]
 
 

@@ -86,7 +86,7 @@ def test_what_is_not_shared(cluster, here, micro, tmp_path, monkeypatch):
     assert "2 of 2 nodes do not see" in found["shared storage"].found
     assert "this process does not see what 1 of 2 nodes write" in found["shared storage"].found
     assert "data.path not seen" in found["inputs"].found
-    assert "can run code when loaded" in found["caption.model"].found
+    assert "no *.safetensors in" in found["caption.model"].found
     assert "root=/proc/self/cwd/run is not shared: 1 of 1 other nodes do not see" in refused(micro(*images, root=root))
     assert "data.path=/proc/self/cwd/images is not shared" in refused(micro(*images))
 

@@ -50,7 +50,7 @@ def test_ctrl_c_once_finishes_what_is_in_flight(small_reference, tmp_path, engin
     assert process.returncode == 130, rest
     assert "in flight" in rest and "the same command goes on" in rest and "Traceback" not in rest
     done = markers(root)
-    assert 2 <= sum(name.startswith("caption") for name in done) < 15
+    assert 1 <= sum(name.startswith("caption") for name in done) < 15
     assert not any(name.startswith("encode") for name in done)
     assert json.loads((root / "progress.json").read_text())["state"] == "interrupted"
     vlcp("run", "-c", str(MICRO), f"root={root}", "engine=serial", *SMALL)

@@ -44,7 +44,7 @@ def test_the_plan_of_imagenet(tmp_path):
     assert plan["index"] == (1, 1, 0)
     for stage in ("caption", "encode"):
         assert plan[stage] == (0, 641, TRAIN)
-    assert plan["prototypes"][:2] == (0, 2 * CLASSES)
+    assert plan["prototypes"][:2] == (0, CLASSES)  # a class at both IPCs
     assert plan["synthesize"] == (0, 100 + 500, 60 * CLASSES)
     assert plan["evaluate"][:2] == (0, 2 * 3)
     assert "pretrain" not in plan

@@ -216,4 +216,4 @@ def test_a_larger_ipc_is_not_begun_on_a_run_that_is_not_there(checkout, tmp_path
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     ended = subprocess.run(command, cwd=checkout, env=environment, check=False, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert re.search(r"prototypes needs .*encode.* to be complete first", ended.stderr)
+    assert re.search(r"prototypes needs .*caption.* to be complete first", ended.stderr)

@@ -73,7 +73,7 @@ def test_a_sweep_shares_what_does_not_depend_on_it(tmp_path):
     vlcp("run", *arguments)
     folders = [path.name.split("-")[0] for path in (tmp_path / "run").glob("*-*")]
     assert {name: folders.count(name) for name in folders} == {
-        "index": 1, "caption": 1, "pretrain": 1, "encode": 1, "finetune": 1, "baselines": 1,
+        "index": 1, "caption": 1, "pretrain": 1, "encode": 1, "pack": 1, "finetune": 1, "baselines": 1,
         "prototypes": 2, "synthesize": 2, "evaluate": 2,
     }  # fmt: skip
     rows = json.loads(vlcp("status", *arguments, "--json").stdout)

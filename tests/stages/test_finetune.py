@@ -32,8 +32,10 @@ def train(run):
 
 
 def clear(run):
-    """A folder in which a training begins anew."""
-    shutil.rmtree(run.folders["finetune"].path, ignore_errors=True)
+    """The run with a folder of its own in which a training begins anew: knobs alone do not rename it."""
+    folder = run.folders["finetune"]
+    folder.path = folder.path.with_name(f"{folder.path.name}-anew")
+    shutil.rmtree(folder.path, ignore_errors=True)
     return run
 
 

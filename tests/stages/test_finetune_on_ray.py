@@ -54,6 +54,7 @@ def test_a_lost_worker_leaves_no_trace_in_the_losses(two_cpus, run_with):
     shutil.rmtree(folder.path)
     killer, events = Killer(folder), []
     with pipeline.Engines(run.cfg) as engines:
+        engines.start((), print)
         engines.run(run, stage, [unit], events.append, killer)
     assert [event.kind for event in events] == ["done"], events[-1].message
     info = events[0].marker["info"]

@@ -238,7 +238,11 @@ def test_the_card_tells_how_the_set_was_made(whole):
     text = (whole.folders["synthesize"].path / "L" / f"ipc={IPC}" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["size_categories"] == ["n<1K"] and "dataset-distillation" in front["tags"]
-    assert f"{IPC * 10} images in place of 120" in text and "the class name (strategy L)" in text
+    assert (
+        f"{IPC * 10} images in place of 120" in text
+        and "from a text: the class name" in text
+        and "(strategy L)" in text
+    )
     assert "| strength | 0.5 |" in text and "| 7 | digit-7 |" in text
 
 

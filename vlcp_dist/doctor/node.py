@@ -103,7 +103,7 @@ def model(name: str, revision: str | None, parts: tuple[str, ...], default: str,
     try:
         found = weights.find_weights(name, revision, parts=parts, default=default, files=files)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).replace("\n", " ")) from None  # a line of its own in the list
     numbers = sum(weights.count_parameters(path) for path in found)
     return f"{numbers / 1e6:,.1f} million parameters, whole, in {found[0].parents[1 if parts[0] else 0]}"
 
