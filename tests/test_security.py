@@ -42,7 +42,7 @@ def test_weights_are_loaded_from_safetensors_alone():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not (name := ast.unparse(node.func)).endswith(".from_pretrained"):
                 continue
-            if not without_weights.search(name) and "subfolder='tokenizer'" not in ast.unparse(node):
+            if not without_weights.search(name):
                 assert "use_safetensors=True" in ast.unparse(node), f"{path}: {name}"
                 checked += 1
     assert checked

@@ -20,8 +20,8 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     with quiet(), missing_weights(model, revision):
         import transformers
 
-        loader: Any = transformers.CLIPTokenizer
-        return loader.from_pretrained(model, subfolder="tokenizer", revision=revision)
+        CLIPTokenizer: Any = transformers.CLIPTokenizer
+        return CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", revision=revision)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
@@ -46,8 +46,8 @@ class TextEncoder:
         with quiet(), missing_weights(model, revision):
             import transformers
 
-            loader: Any = transformers.CLIPTextModel
-            encoder = loader.from_pretrained(
+            CLIPTextModel: Any = transformers.CLIPTextModel
+            encoder = CLIPTextModel.from_pretrained(
                 model, subfolder="text_encoder", revision=revision, dtype=dtype, use_safetensors=True
             )
         self._encoder: Any = encoder.to(device).eval().requires_grad_(False)
@@ -66,6 +66,6 @@ def embedding_bytes(model: str, *, revision: str | None) -> int:
     with quiet(), missing_weights(model, revision):
         import transformers
 
-        loader: Any = transformers.CLIPTextConfig
-        config = loader.from_pretrained(model, subfolder="text_encoder", revision=revision)
+        CLIPTextConfig: Any = transformers.CLIPTextConfig
+        config = CLIPTextConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
     return int(config.max_position_embeddings * config.hidden_size * 2)
