@@ -103,7 +103,8 @@ def load_captioner(
     try:
         config = AutoConfig.from_pretrained(model, **source)
         kind: Any = PROCESSOR_MAPPING.get(type(config), None)
-        processor = (without_videos(kind) if kind else AutoProcessor).from_pretrained(model, **source)
+        Processor: Any = without_videos(kind) if kind else AutoProcessor
+        processor = Processor.from_pretrained(model, **source)
         prompter = Prompter(processor, prompt, DTYPES[dtype], device == "cuda")
         if device == "cuda":
             parameters = sum(weights.count_parameters(path) for path in files)
