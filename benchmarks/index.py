@@ -30,6 +30,8 @@ def measure(files: int = 1_281_167, classes: int = 1000) -> list[dict[str, Any]]
             "unit": "s",
             "peak_mib": ours["peak_mib"],
             "baseline_peak_mib": baseline["peak_mib"],
+            "note": f"{files} files, {ours['peak_mib']} MiB; against listing them alone, without splits and shards, "
+            f"{baseline['peak_mib']} MiB",
         }
     ]
 

@@ -128,7 +128,8 @@ def _absolute(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(checkpoints, dict):
         local = {net: at for net, at in checkpoints.items() if isinstance(at, str) and "://" not in at}
         checkpoints |= {net: str(Path(folder).absolute()) for net, folder in local.items()}
-    for section, key in (("data", "path"), ("data", "class_names"), ("caption", "model"), ("diffusion", "model")):
+    models = (("caption", "model"), ("diffusion", "model"), ("synthesize", "sentence_model"))
+    for section, key in (("data", "path"), ("data", "class_names"), *models):
         values = tree.get(section)
         if not isinstance(values, dict):
             continue  # the schema will say so

@@ -156,6 +156,7 @@ def _check_places(cfg: Config) -> None:
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
     places = {"root": cfg.root, "data.path": cfg.data.path, "caption.model": cfg.caption.model}
+    places["synthesize.sentence_model"] = cfg.synthesize.sentence_model
     checkpoints = cfg.evaluate.teacher.checkpoints
     places |= {f"evaluate.teacher.checkpoints.{net}": place for net, place in checkpoints.items()}
     for name, place in {**places, "diffusion.model": cfg.diffusion.model}.items():
