@@ -4,9 +4,11 @@ import io
 import os
 import tarfile
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -57,20 +59,27 @@ def with_ties() -> np.ndarray:
     return points
 
 
+@cache
 def cifar() -> np.ndarray:
-    """Images of CIFAR-10's first class in half their width, as vectors."""
+    """Latents (n, 256) of images of CIFAR-10's first class, by an autoencoder of Stable Diffusion's kind."""
     if not CIFAR.is_dir():
         pytest.skip(f"not run: no CIFAR-10 sample at {CIFAR}; set VLCP_CIFAR_MINI to its folder")
-    vectors = []
+    pixels = []
     with tarfile.open(CIFAR / "train-00000.tar") as tar:
         parts = {member.name: tar.extractfile(member).read() for member in tar.getmembers() if member.isfile()}
     for name, data in parts.items():
         stem, _, suffix = name.rpartition(".")
         if suffix in ("png", "jpg", "webp") and parts[f"{stem}.cls"].strip() == b"0":
-            image = Image.open(io.BytesIO(data)).convert("RGB").resize((16, 16), Image.Resampling.BOX)
-            vectors.append(np.asarray(image, dtype="float32").ravel() / 127.5 - 1)
-    assert len(vectors) > 50
-    return np.stack(vectors)
+            image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype="float32")
+            pixels.append(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
+    assert len(pixels) > 50
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32), norm_num_groups=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        return vae.encode(torch.stack(pixels)).latent_dist.mean.flatten(1).numpy()
 
 
 CASES = {
