@@ -1,4 +1,4 @@
-"""`python -m benchmarks.table FILE... [NAME...]`: kept results as a Markdown table; all rows, or those of these names."""
+"""`python -m benchmarks.table FILE... [NAME...]`: kept results as a Markdown table; all rows or those named."""
 
 import json
 import sys
