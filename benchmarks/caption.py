@@ -4,7 +4,6 @@ Weights are random, so a model has no idea when to stop: its end token is switch
 set in advance. `--size real` is LLaVA-1.5-7B with answers of 160 tokens; `--size tiny` has lengths that vary.
 """
 
-import io
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from benchmarks import machine
+from benchmarks.photographs import jpegs
 from vlcp_dist.data.images import decode
 from vlcp_dist.data.prefetch import Ahead
 from vlcp_dist.models import tiny_llava
@@ -218,15 +217,5 @@ def _work(
         # The weights are there already: what is free is for sequences.
         needed = need(config, 0, prompter.length + TOKENS, str(dtype).removeprefix("torch."), batch)
         batch = fitting_batch(needed, torch.cuda.mem_get_info()[0], torch.cuda.get_device_name())
-    images = [_photograph(seed, pixels) for seed in range(len(lengths))]
+    images = jpegs(len(lengths), *pixels)
     return Work(model, prompter, device, batch, images, lengths, slow)
-
-
-def _photograph(seed: int, pixels: tuple[int, int]) -> bytes:
-    """A JPEG with the frequencies of a photograph: shapes, and some noise in them."""
-    rng = np.random.default_rng(seed)
-    shapes = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(pixels, Image.Resampling.BICUBIC)
-    noisy = np.asarray(shapes) + rng.normal(0, 8, (pixels[1], pixels[0], 3))
-    buffer = io.BytesIO()
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()

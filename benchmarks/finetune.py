@@ -242,8 +242,9 @@ def _steps(run: Run, scratch: Path) -> Iterator[float]:
     """The stage's own loop without its log: losses of optimizer steps."""
     trainer = finetune.make_trainer(run, scratch)
     inputs = finetune.make_inputs(run, trainer)
-    for batch, latents, text in finetune.read_ahead(run, inputs, trainer):
-        yield trainer.step(latents, text, batch)
+    with finetune.read_ahead(run, inputs, trainer) as ahead:
+        for batch, latents, text in ahead:
+            yield trainer.step(latents, text, batch)
 
 
 def _authors(folder: Path, what: Size, device: str) -> Iterator[float]:

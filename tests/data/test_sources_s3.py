@@ -1,12 +1,7 @@
 """Every kind of source on an object store gives what it gives on a local disk, and says so when something is gone."""
 
 import os
-import socket
-import subprocess
-import sys
 import tarfile
-import time
-import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,16 +18,10 @@ BUCKET = "sets"
 
 
 @pytest.fixture(scope="module")
-def store():
-    """An S3 of this machine with one bucket; the environment leads there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def store(s3_server):
+    """One bucket on the S3 of this machine; the environment leads there."""
     settings = {
-        "ENDPOINT_URL": url,
+        "ENDPOINT_URL": s3_server,
         "ACCESS_KEY_ID": "test",
         "SECRET_ACCESS_KEY": "test",
         "DEFAULT_REGION": "us-east-1",
@@ -40,19 +29,10 @@ def store():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(f"AWS_{name}", value)
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/")
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.05)  # until the server answers
         s3fs.S3FileSystem.clear_instance_cache()
         fs = s3fs.S3FileSystem(use_listings_cache=False)
         fs.mkdir(BUCKET)
         yield fs
-    server.terminate()
-    server.wait()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -5,8 +5,15 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from vlcp_dist.ops.kmeans import kmeans
-from vlcp_dist.ops.lloyd import fill_empty
+from vlcp_dist.ops.gram import gram
+from vlcp_dist.ops.kmeans import KMeansResult, check_clusters, summarize
+from vlcp_dist.ops.lloyd import fill_empty, lloyd
+
+
+def kmeans(x: torch.Tensor, k: int, *, seed: int, n_init: int = 10, max_iter: int = 300) -> KMeansResult:
+    """The clusters of the rows of `x`, as the stage makes them."""
+    check_clusters(len(x), k, n_init, max_iter)
+    return summarize(x, lloyd([gram(x)], k, seed=seed, n_init=n_init, max_iter=max_iter)[0], k)
 
 
 def blobs(n: int, d: int, n_blobs: int, seed: int, spread: float = 3.0) -> torch.Tensor:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from sklearn.neighbors import LocalOutlierFactor
 
-from vlcp_dist.ops.lof import inlier_mask, local_outlier_factor
+from vlcp_dist.ops.gram import gram
+from vlcp_dist.ops.lof import inlier_mask, scores, usable_neighbors
+from vlcp_dist.ops.neighbors import nearest
+
+
+def local_outlier_factor(x: torch.Tensor, n_neighbors: int = 10) -> torch.Tensor:
+    """Scores (n,) of the rows of `x`, as the stage makes them."""
+    products = gram(x)
+    return scores(*nearest(products, usable_neighbors(len(products), n_neighbors)))
 
 
 def random_points(n: int, d: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:

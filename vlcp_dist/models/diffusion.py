@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vlcp_dist.models import weights
+
 # diffusers shows type checkers an empty stand-in of this class.
 AutoencoderKL = Any
 
@@ -106,28 +108,14 @@ def check_finite(values: torch.Tensor, what: str, dtype: torch.dtype) -> None:
 def missing_weights(model: str | Path, revision: str | None) -> Iterator[None]:
     """Turn the loaders' various errors for absent files into one that names the remedy."""
     try:
-        if _is_folder(model) and not Path(model, "model_index.json").is_file():
+        if weights.is_folder(model) and not Path(model, "model_index.json").is_file():
             raise FileNotFoundError(f"no model_index.json in {model}")
         yield
     except OSError as error:
         raise FileNotFoundError(
             f"cannot load Stable Diffusion from {model}: {error}\nFetch its weights with:\n"
-            f"    {_download_command(model, revision)}"
+            f"    {weights.download_command(model, revision, SD15, SD15_FILES)}"
         ) from error
-
-
-def _is_folder(model: str | Path) -> bool:
-    """A hub id is owner/name and names nothing on this disk."""
-    return isinstance(model, Path) or Path(model).exists() or model.count("/") != 1
-
-
-def _download_command(model: str | Path, revision: str | None) -> str:
-    command = ["hf", "download", SD15 if _is_folder(model) else str(model), *SD15_FILES]
-    if revision:
-        command += ["--revision", revision]
-    if _is_folder(model):
-        command += ["--local-dir", str(model)]
-    return " ".join(command)
 
 
 @contextmanager

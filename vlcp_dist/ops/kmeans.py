@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlcp_dist.ops.gram import BLOCK_COLUMNS, gram
-from vlcp_dist.ops.lloyd import lloyd
+from vlcp_dist.ops.gram import BLOCK_COLUMNS
 from vlcp_dist.ops.points import as_matrix
 
 
@@ -19,18 +18,6 @@ class KMeansResult:
     labels: Tensor  # (n,) int64
     nearest: Tensor  # (k,) int64: the point nearest to each centre
     inertia: float  # sum of the squared distances to the centres
-
-
-def kmeans(x: Tensor, k: int, *, seed: int, n_init: int = 10, max_iter: int = 300) -> KMeansResult:
-    """Cluster the rows of `x` (n, d) around `k` centres; the start with the least inertia wins.
-
-    k-means++ and Lloyd's iterations (METHOD.md section 5). All draws come from `seed` and are made on the CPU: they are
-    the same on every device. With fewer than `k` distinct points some centres coincide, and a warning says so.
-
-    Raises ValueError for k < 1, k > n, n_init or max_iter < 1, and non-finite values.
-    """
-    check_clusters(len(as_matrix(x)), k, n_init, max_iter)
-    return summarize(x, lloyd([gram(x)], k, seed=seed, n_init=n_init, max_iter=max_iter)[0], k)
 
 
 def check_clusters(n: int, k: int, n_init: int, max_iter: int) -> None:

@@ -6,25 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlcp_dist.ops.gram import gram
-from vlcp_dist.ops.neighbors import nearest
-
 _DENSITY_FLOOR = 1e-10  # scikit-learn's: keeps the density of more than n_neighbors duplicates finite
 _TIE = 1e-9  # relative: scores closer together are the same
-
-
-def local_outlier_factor(x: Tensor, n_neighbors: int = 10) -> Tensor:
-    """LOF scores of the rows of `x` (n, d): float64 (n,) on x's device; about 1 for inliers, more for outliers.
-
-    They are scikit-learn's `-LocalOutlierFactor(n_neighbors).fit(x).negative_outlier_factor_` (METHOD.md section 4),
-    except where distinct points at exactly the same distance compete for the last place among the neighbours: no
-    rule says which wins (scikit-learn's choice varies with its algorithm and threads). Duplicates do not matter. With
-    `n_neighbors >= n` all n - 1 other points are neighbours, as there, and a warning says so.
-
-    Raises ValueError for n < 2, n_neighbors < 1, and non-finite values.
-    """
-    products = gram(x)
-    return scores(*nearest(products, usable_neighbors(len(products), n_neighbors)))
 
 
 def usable_neighbors(n: int, n_neighbors: int) -> int:
@@ -39,7 +22,12 @@ def usable_neighbors(n: int, n_neighbors: int) -> int:
 
 
 def scores(distances: Tensor, neighbors: Tensor) -> Tensor:
-    """LOF scores float64 (n,) of points with these nearest others (n, k) at these `distances` (n, k), ascending."""
+    """LOF scores float64 (n,) of points with these nearest others (n, k) at these `distances` (n, k), ascending.
+
+    About 1 for inliers, more for outliers: the `-negative_outlier_factor_` of scikit-learn's `LocalOutlierFactor`,
+    except where distinct points at exactly the same distance compete for the last place among the neighbours: no
+    rule says which wins (scikit-learn's choice varies with its algorithm and threads). Duplicates do not matter.
+    """
     distances = distances.double()
     k_distance = distances[:, -1]
     reachability = torch.maximum(distances, k_distance[neighbors])

@@ -40,37 +40,44 @@ def distilled_units(run: Run) -> list[Unit]:
         unit
         for method in run.cfg.synthesize.strategies
         for ipc in run.cfg.ipc
-        for unit in _trainings(run, method, ipc, images=ipc * len(run.index.class_sizes))
+        for unit in _trainings(run, method, ipc, ipc * run.cfg.synthesize.images_per_prototype)
     ]
 
 
 def baseline_units(run: Run) -> list[Unit]:
-    everything = run.index.split_sizes["train"]
+    largest = max(run.index.class_sizes.values())
     return [
         unit
         for method in run.cfg.evaluate.baselines
         for ipc in ([FULL] if method == "full" else run.cfg.ipc)
-        for unit in _trainings(
-            run, method, ipc, images=everything if method == "full" else ipc * len(run.index.class_sizes)
-        )
+        for unit in _trainings(run, method, ipc, largest if method == "full" else ipc)
     ]
 
 
-def _trainings(run: Run, method: str, ipc: int, images: int) -> list[Unit]:
+def _trainings(run: Run, method: str, ipc: int, per_class: int) -> list[Unit]:
+    """`per_class` images of each class, of the largest one where they differ."""
     cfg = run.cfg.evaluate
-    epochs = _epochs(run, ipc)
+    epochs = _epochs(run, ipc, per_class)
+    images = run.index.split_sizes["train"] if ipc == FULL else per_class * len(run.index.class_sizes)
     return [
         Unit(
             _name(run.cfg, method, ipc, net, epochs=epochs, seed=seed),
             size=images,
-            payload={"method": method, "ipc": ipc, "net": net, "epochs": epochs, "seed": seed},
+            payload={
+                "method": method,
+                "ipc": ipc,
+                "per_class": per_class,
+                "net": net,
+                "epochs": epochs,
+                "seed": seed,
+            },
         )
         for net in cfg.nets
         for seed in cfg.seeds
     ]
 
 
-def _epochs(run: Run, ipc: int) -> int:
+def _epochs(run: Run, ipc: int, per_class: int) -> int:
     cfg = run.cfg.evaluate
     if isinstance(cfg.epochs, dict):
         return cfg.epochs[ipc]
@@ -78,8 +85,7 @@ def _epochs(run: Run, ipc: int) -> int:
         return cfg.epochs
     if cfg.protocol == "soft":
         return soft_label.EPOCHS
-    largest = max(run.index.class_sizes.values())
-    return hard_label.published_epochs(largest if ipc == FULL else ipc, len(run.index.classes))
+    return hard_label.published_epochs(per_class, len(run.index.classes))
 
 
 def _name(cfg: Config, method: str, ipc: int, net: str, *, epochs: int, seed: int) -> str:
@@ -148,7 +154,7 @@ class Worker:
     ) -> tuple[Result, torch.nn.Module]:
         cfg, class_ids = self._run.cfg.evaluate, list(self._run.index.labels)
         common: dict[str, Any] = {
-            "ipc": unit.payload["ipc"] or len(images) // len(class_ids),
+            "ipc": len(images) // len(class_ids) if unit.payload["ipc"] == FULL else unit.payload["per_class"],
             "seed": unit.payload["seed"],
             "device": device(),
             "resume": checkpoints.load(),
@@ -188,7 +194,14 @@ class Worker:
                 net, num_classes=len(class_ids), image_size=cfg.image_size, width=cfg.width, seed=seed
             )
         )
-        name = _name(self._run.cfg, "full", FULL, net, epochs=_epochs(self._run, FULL), seed=seed)
+        name = _name(
+            self._run.cfg,
+            "full",
+            FULL,
+            net,
+            epochs=_epochs(self._run, FULL, max(self._run.index.class_sizes.values())),
+            seed=seed,
+        )
         weights = self._run.folders["baselines"].path / f"{name}.safetensors"
         model.load_state_dict(load(weights.read_bytes()))
         return model

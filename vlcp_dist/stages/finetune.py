@@ -1,8 +1,7 @@
 """finetune: trains the U-Net on (latent, description) with the noise-prediction loss (Eq. 1)."""
 
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from vlcp_dist.config import content
 from vlcp_dist.data import checkpoints, storage, training_set
 from vlcp_dist.data.manifest import Failure, Outcome, Unit
+from vlcp_dist.data.prefetch import Ahead
 from vlcp_dist.data.training_set import TrainingSet
 from vlcp_dist.engine import ray_train
 from vlcp_dist.engine.executor import Event, Job, never
@@ -60,20 +60,21 @@ class Worker:
         saver = Saver(folder.path, scratch, trainer, keep=cfg.checkpoints_kept)
         saver.resume()
         log = TrainingLog(run, inputs, trainer, steps, scratch)
-        for batch, latents, text in read_ahead(run, inputs, trainer):
-            loss = trainer.step(latents, text, batch, stop=trainer.rank == 0 and folder.stop_requested())
-            if trainer.diverged():
-                raise ValueError(_divergence(run, inputs, trainer, batch))
-            log.step(loss)
-            step = trainer.step_number
-            if step % per_epoch == 0:
-                log.epoch(step // per_epoch)
-            if step < steps and (trainer.stopping or step % cfg.checkpoint_every == 0 or step % per_epoch == 0):
-                saver.save()
-            if step < steps and trainer.stopping:
-                saver.close()
-                log.close()
-                raise Stopped(f"stopped after step {step} of {steps}")
+        with read_ahead(run, inputs, trainer) as ahead:
+            for batch, latents, text in ahead:
+                loss = trainer.step(latents, text, batch, stop=trainer.rank == 0 and folder.stop_requested())
+                if trainer.diverged():
+                    raise ValueError(_divergence(run, inputs, trainer, batch))
+                log.step(loss)
+                step = trainer.step_number
+                if step % per_epoch == 0:
+                    log.epoch(step // per_epoch)
+                if step < steps and (trainer.stopping or step % cfg.checkpoint_every == 0 or step % per_epoch == 0):
+                    saver.save()
+                if step < steps and trainer.stopping:
+                    saver.close()
+                    log.close()
+                    raise Stopped(f"stopped after step {step} of {steps}")
         saver.close()
         log.close()
         files: dict[str, bytes | Path] = {"training.json": log.history()}
@@ -84,7 +85,7 @@ class Worker:
             files |= {str(path.relative_to(scratch / "model")): path for path in saved}
         failed = [Failure(**failure) for failure in inputs.facts["failed"]]
         obsolete = [*checkpoints.names(folder.path), training_set.SAMPLES, training_set.TEXT]
-        return Outcome(files, len(inputs) + len(failed), failed, log.summary(), obsolete)
+        return Outcome(files, len(inputs) + len(failed), failed, log.summary(), obsolete, wait_seconds=ahead.waited)
 
 
 class Saver:
@@ -154,26 +155,21 @@ def make_inputs(run: Run, trainer: Trainer) -> TrainingSet:
     return training_inputs.load(run)
 
 
-def read_ahead(run: Run, inputs: TrainingSet, trainer: Trainer) -> Iterator[tuple[Batch, torch.Tensor, np.ndarray]]:
-    """The batches that are left, with latents and texts, the next ones read while one is computed."""
+def read_ahead(run: Run, inputs: TrainingSet, trainer: Trainer) -> Ahead[tuple[Batch, torch.Tensor, np.ndarray]]:
+    """The batches that are left, with latents and texts, the next ones drawn and read while one is computed."""
     cfg = run.cfg.finetune
     planned = batches(
         len(inputs), shape=inputs.shape, epochs=cfg.epochs, batch_size=cfg.batch_size, text_dropout=cfg.text_dropout,
         seed=run.cfg.seed, rank=trainer.rank, world=trainer.world, start=trainer.step_number,
     )  # fmt: skip
 
-    def read() -> tuple[Batch, torch.Tensor, np.ndarray] | None:
-        batch = next(planned, None)
-        if batch is None:
-            return None
+    def read(_: int) -> tuple[Batch, torch.Tensor, np.ndarray]:
+        batch = next(planned)
         latents = torch.from_numpy(inputs.latents(batch.rows, batch.flip.numpy()))
         return batch, latents, inputs.text(batch.rows, batch.keep_text.numpy())
 
-    with ThreadPoolExecutor(1) as thread:  # one, so that they come in their order
-        waiting = deque(thread.submit(read) for _ in range(AHEAD))
-        while (found := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(read))
-            yield found
+    steps = range(trainer.step_number, cfg.epochs * steps_per_epoch(len(inputs), cfg.batch_size))
+    return Ahead(read, steps, threads=1, most=AHEAD)  # one thread, so that they are drawn in their order
 
 
 def _divergence(run: Run, inputs: TrainingSet, trainer: Trainer, batch: Batch) -> str:
