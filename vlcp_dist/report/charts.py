@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 440, 270  # small enough that text stays readable at a phone's width
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 38  # the left has room for a learning rate
 Scale = Callable[[float], float]
 DODGE = 3.0  # pixels between lines at one x, so that their error bars do not cover each other
 

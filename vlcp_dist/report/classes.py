@@ -7,15 +7,16 @@ since are left as they are.
 import hashlib
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
-import vlcp_dist
 from vlcp_dist.data import storage
 from vlcp_dist.data.classes import ClassInfo
 from vlcp_dist.data.threads import concurrently
 from vlcp_dist.report.material import Material, class_table, is_tiny, pieces, table_ipc, text_strategy
 
 _MADE_FROM = re.compile(rb'<meta name="made-from" content="([0-9a-f]*)">')
+TEMPLATES = ("layout.html", "class.html", "clusters.html", "style.css")
 _THREADS = 4
 
 
@@ -68,12 +69,12 @@ def _context(material: Material, info: ClassInfo, ipcs: list[int]) -> dict[str, 
 
 
 def _digests(material: Material, ipcs: list[int]) -> dict[str, str]:
-    """By class, of all that its page shows: its name, its tables, its distilled images."""
+    """By class, of all that its page shows and how: its name, tables and distilled images, the templates."""
     ipc, strategy = table_ipc(material), text_strategy(material)
-    shown: dict[str, list[str]] = {
-        info.id: [vlcp_dist.__version__, info.name, f"{ipc} {strategy}"] for info in material.classes
-    }
-    for stage, below in (("prototypes", [f"ipc={i}/" for i in ipcs]), ("synthesize", [f"{strategy}/ipc={ipc}/"])):
+    templates = [(files("vlcp_dist.report") / name).read_text(encoding="utf-8") for name in TEMPLATES]
+    shown: dict[str, list[str]] = {info.id: [*templates, info.name, f"{ipc} {strategy}"] for info in material.classes}
+    below_of = {"prototypes": [f"ipc={i}/" for i in ipcs], "synthesize": [f"{strategy}/ipc={ipc}/train/"]}
+    for stage, below in below_of.items():
         for marker in material.states[stage].markers.values():
             for name, facts in marker["files"].items():
                 prefix = next((prefix for prefix in below if name.startswith(prefix)), None)
