@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vlcp_dist.errors import InputError
 from vlcp_dist.models import synthesis
 from vlcp_dist.models.writer import SentenceWriter
 from vlcp_dist.stages import synthesize
@@ -201,6 +202,12 @@ def test_sentences_of_a_language_model(whole, first_classes, language_model):
             assert line["prompt"] == writer.write([(table["class_name"], [w for w, _ in cluster["keywords"]])])[0]
         before = whole.folders["synthesize"].path / "GGS" / f"ipc={IPC}" / "train" / class_id / "0000-0.png"
         assert files[f"{class_id}/0000-0.png"] != before.read_bytes()
+
+
+def test_a_missing_language_model_is_told_before_anything_starts(run_with, tmp_path):
+    cfg = run_with(f"synthesize.sentence_model={tmp_path / 'absent'}").cfg
+    with pytest.raises(InputError, match=r"synthesize\.sentence_model: cannot load .*absent(.|\n)*hf download"):
+        synthesize.STAGE.check(cfg)
 
 
 def test_repeats_of_a_prototype_differ_by_their_noise(whole, first_classes):

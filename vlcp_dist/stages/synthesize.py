@@ -14,10 +14,13 @@ from safetensors.torch import load
 from vlcp_dist.config import content
 from vlcp_dist.data import shards, storage
 from vlcp_dist.data.manifest import Outcome, Unit
+from vlcp_dist.errors import InputError
 from vlcp_dist.models.diffusion import image_seed
 from vlcp_dist.models.synthesis import Synthesizer, load_pipeline
+from vlcp_dist.models.weights import find_weights
 from vlcp_dist.models.writer import SentenceWriter
 from vlcp_dist.ops.text import PromptStrategy, prompt_for
+from vlcp_dist.schema import Config
 from vlcp_dist.stages.base import Run, Stage, check_diffusion, device, dtype
 from vlcp_dist.stages.dataset_card import dataset_card
 
@@ -219,12 +222,23 @@ def _png(pixels: np.ndarray, size: int) -> bytes:
     return buffer.getvalue()
 
 
+def check(cfg: Config) -> None:
+    """Raises InputError, with the command that downloads it, where a model is missing."""
+    check_diffusion(cfg)
+    model = cfg.synthesize.sentence_model
+    if model and "GGS" in cfg.synthesize.strategies:
+        try:
+            find_weights(model, cfg.synthesize.sentence_model_revision, default="OWNER/MODEL")
+        except FileNotFoundError as error:
+            raise InputError(f"synthesize.sentence_model: {error}") from None
+
+
 STAGE = Stage(
     "synthesize",
     upstream=("pretrain", "prototypes", "finetune"),
     content=lambda cfg: [content(cfg.synthesize), content(cfg.diffusion)],
     units=units,
     worker=Worker,
-    check=check_diffusion,
+    check=check,
     version=2,
 )
