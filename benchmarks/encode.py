@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from benchmarks.photographs import jpegs
+from benchmarks.stable_diffusion import PIXELS, build_vae, write_model
 from vlcp_dist.data import storage
 from vlcp_dist.data.images import decode_pixels, to_square
 from vlcp_dist.data.manifest import Unit
@@ -36,11 +36,8 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: the autoencoder's widths, the side of its images, how many images, and CPU threads."""
+    """What is measured: the side of the images, how many at once, how many in all, and CPU threads."""
 
-    channels: tuple[int, ...]
-    layers: int
-    groups: int
     side: int
     batch_size: int
     images: int  # through ours
@@ -60,13 +57,13 @@ def throughput(device: str = "cpu", size: str = "real") -> Rows:
     with tempfile.TemporaryDirectory() as place, _threads(1) as set_threads:
         folder = Path(place)
         _write_images(folder / "images", what)
-        _write_model(folder / "model", what)
+        write_model(folder / "model", size)
         run = _run(folder, what)
         ours, waiting = _ours(run, device)
         set_threads(os.cpu_count() or 1)
         paths = sorted((folder / "images" / "train").rglob("*.jpg"))[: what.singly]
         baseline = _authors(run.diffusion_model, paths, what.side, device)
-        ceiling, needs = _ceiling(what, device)
+        ceiling, needs = _ceiling(size, device)
         compiled = _compiled(folder, what, device, set_threads) if device == "cuda" else []
     common = {"images": what.images, "side": what.side, "batch_size": what.batch_size, "decoders": what.decoders}
     hours = [IMAGENET / rate / 3600 for rate in (ours, baseline, ceiling)]
@@ -130,13 +127,12 @@ def _core_rates(files: list[bytes], side: int, crop: str) -> dict[str, float]:
 
 
 def _what(device: str, size: str) -> Size:
-    cores = os.cpu_count() or 1
-    if size == "tiny":
-        return Size((16, 32, 32), 1, 8, 64, 16, images=512, singly=64, distinct=32, decoders=max(1, cores - 1))
-    sd15 = (128, 256, 512, 512), 2, 32, 512
+    side, decoders = PIXELS[size], max(1, (os.cpu_count() or 1) - 1)
     if device == "cuda":
-        return Size(*sd15, batch_size=32, images=4096, singly=128, distinct=512, decoders=16)
-    return Size(*sd15, batch_size=2, images=4, singly=2, distinct=4, decoders=max(1, cores - 1))
+        return Size(side, batch_size=32, images=4096, singly=128, distinct=512, decoders=16)
+    if size == "tiny":
+        return Size(side, batch_size=16, images=512, singly=64, distinct=32, decoders=decoders)
+    return Size(side, batch_size=2, images=4, singly=2, distinct=4, decoders=decoders)
 
 
 def _write_images(folder: Path, what: Size) -> None:
@@ -146,27 +142,6 @@ def _write_images(folder: Path, what: Size) -> None:
         (folder / split / "photographs").mkdir(parents=True)
         for i in range(count):
             (folder / split / "photographs" / f"{i:05d}.jpg").write_bytes(files[i % len(files)])
-
-
-def _write_model(folder: Path, what: Size) -> None:
-    """An autoencoder with random weights in diffusers' layout."""
-    torch.manual_seed(0)
-    _autoencoder(what).save_pretrained(folder / "vae", safe_serialization=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-
-
-def _autoencoder(what: Size) -> Any:
-    import diffusers
-
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(what.channels),
-        up_block_types=("UpDecoderBlock2D",) * len(what.channels),
-        block_out_channels=what.channels,
-        layers_per_block=what.layers,
-        norm_num_groups=what.groups,
-        latent_channels=4,
-        scaling_factor=0.18215,
-    )
 
 
 def _run(folder: Path, what: Size, *, compiled: bool = False) -> Run:
@@ -245,7 +220,7 @@ def _median(call: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def _ceiling(what: Size, device: str) -> tuple[float, dict[str, float]]:
+def _ceiling(size: str, device: str) -> tuple[float, dict[str, float]]:
     """Images per second if the encoder multiplied, or moved what its layers read and write, as fast as the machine can.
 
     The slower of the two counts. Every layer reads its input and writes its output once; the arithmetic is that of
@@ -258,12 +233,12 @@ def _ceiling(what: Size, device: str) -> tuple[float, dict[str, float]]:
         nonlocal moved
         moved += inputs[0].numel() + output.numel()
 
-    vae = _autoencoder(what).to("meta")
+    vae = build_vae(size, "meta", torch.float32)
     for layer in vae.encoder.modules():
         if not list(layer.children()):
             layer.register_forward_hook(count)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        vae.encode(torch.empty(1, 3, what.side, what.side, device="meta"))
+        vae.encode(torch.empty(1, 3, *(PIXELS[size],) * 2, device="meta"))
     operations, moved = flops.get_total_flops(), moved * dtype.itemsize
     multiplying = operations / machine.matmul_flops_per_second(device, dtype)
     moving = moved / machine.copy_bytes_per_second(device)

@@ -22,44 +22,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from benchmarks.photographs import jpegs
+from benchmarks.stable_diffusion import PIXELS, WORDS, build_unet, write_model
 from vlcp_dist.data import shards
-from vlcp_dist.models.tiny_sd import SCHEDULER, train_tokenizer
+from vlcp_dist.models.tiny_sd import MAX_TOKENS
 from vlcp_dist.pipeline import stages
 from vlcp_dist.schema import Config
 from vlcp_dist.stages import finetune, index
 from vlcp_dist.stages.base import Run, make_run
 
 Row = dict[str, Any]
-WORDS = [
-    "a",
-    "large",
-    "small",
-    "dog",
-    "bird",
-    "with",
-    "brown",
-    "white",
-    "long",
-    "tail",
-    "wings",
-    "standing",
-    "on",
-    "grass",
-]
 LIMIT = 1e-4  # by which the losses of two workers may differ from those of one
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: widths of the networks, the side of the images, the batch, and how many steps."""
+    """What is measured: images, the batch, how much of it goes through ours at once, steps, the baseline's loaders."""
 
-    unet: tuple[int, ...]
-    blocks: int
-    unet_groups: int
-    vae: tuple[int, ...]
-    vae_layers: int
-    text_width: int
-    text_layers: int
     side: int
     images: int
     batch: int
@@ -68,8 +46,9 @@ class Size:
     loaders: int
 
     @property
-    def latent(self) -> int:
-        return self.side // 2 ** (len(self.vae) - 1)
+    def authors_micro_batch(self) -> int:
+        """Their scripts put 32 images through at once and add up four of them."""
+        return min(32, self.batch)
 
 
 def measure(device: str = "cpu", size: str = "real") -> list[Row]:
@@ -80,9 +59,9 @@ def throughput(device: str = "cpu", size: str = "real") -> list[Row]:
     """Samples per second and peak memory of optimizer steps: ours, and the authors' recipe, same U-Net and batch."""
     what = _what(device, size)
     with tempfile.TemporaryDirectory() as place:
-        _prepare(Path(place), what)
-        ours, baseline = (_in_a_process(way, place, device, size) for way in ("ours", "baseline"))
-    flops = _flops_per_sample(what)
+        _prepare(Path(place), what, size)
+        ours, baseline, alike = (_in_a_process(way, place, device, size) for way in ("ours", "authors", "alike"))
+    flops = _flops_per_sample(size)
     at_best = machine.matmul_flops_per_second(device, torch.bfloat16 if device == "cuda" else torch.float32)
     ceiling = at_best / flops
     common = {"batch": what.batch, "side": what.side, "steps": what.steps, "flops_per_sample": flops}
@@ -90,7 +69,13 @@ def throughput(device: str = "cpu", size: str = "real") -> list[Row]:
         {
             "name": "finetune.throughput", "ours": ours["rate"], "baseline": baseline["rate"], "ceiling": ceiling,
             "ratio": ours["rate"] / baseline["rate"], "unit": "samples/s", **common,
-            "note": f"batch {what.batch}; {what.loaders} loaders for the baseline",
+            "note": f"batch {what.batch}, {what.micro_batch} at once; the authors' scripts: "
+            f"{what.authors_micro_batch} at once, {what.loaders} loaders",
+        },
+        {
+            "name": "finetune.micro_batch", "ours": ours["rate"], "baseline": alike["rate"], "ceiling": ceiling,
+            "ratio": ours["rate"] / alike["rate"], "unit": "samples/s", **common,
+            "note": f"the same, the authors' recipe with {what.micro_batch} at once too",
         },
         {
             "name": "finetune.utilisation", "ours": 100 * ours["rate"] / ceiling,
@@ -112,7 +97,7 @@ def workers(device: str = "cpu", size: str = "real") -> list[Row]:
         return []
     what = _what(device, size)
     with tempfile.TemporaryDirectory() as place:
-        _prepare(Path(place), what)
+        _prepare(Path(place), what, size)
         one = _in_a_process("losses", place, device, size)["losses"]
         began = time.perf_counter()
         two = _in_two_processes(place, device, size)["losses"]
@@ -127,16 +112,15 @@ def workers(device: str = "cpu", size: str = "real") -> list[Row]:
 
 
 def _what(device: str, size: str) -> Size:
-    cores = os.cpu_count() or 1
-    if size == "tiny":
-        return Size((32, 64), 1, 8, (16, 32, 32), 1, 64, 2, 64, 128, 16, 16, steps=16, loaders=max(1, cores - 1))
-    sd15 = (320, 640, 1280, 1280), 2, 32, (128, 256, 512, 512), 2, 768, 12, 512
+    cores, side = os.cpu_count() or 1, PIXELS[size]
     if device == "cuda":
-        return Size(*sd15, images=512, batch=32, micro_batch=16, steps=20, loaders=min(16, cores))
-    return Size(*sd15, images=4, batch=2, micro_batch=1, steps=2, loaders=max(1, cores - 1))
+        return Size(side, images=1024, batch=128, micro_batch=16, steps=8, loaders=min(16, cores))
+    if size == "tiny":
+        return Size(side, images=256, batch=128, micro_batch=128, steps=8, loaders=max(1, cores - 1))
+    return Size(side, images=4, batch=2, micro_batch=1, steps=2, loaders=max(1, cores - 1))
 
 
-def _prepare(folder: Path, what: Size) -> None:
+def _prepare(folder: Path, what: Size, size: str) -> None:
     """Images, a model with random weights, and what the stages before fine-tuning leave, with random latents."""
     files = jpegs(min(what.images, 64), 500, 375)
     for split, count in (("train", what.images), ("val", 1)):
@@ -144,12 +128,12 @@ def _prepare(folder: Path, what: Size) -> None:
         for i in range(count):
             (folder / "images" / split / "photographs" / f"{i:05d}.jpg").write_bytes(files[i % len(files)])
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 70)) for _ in range(what.images)]
-    _write_model(folder / "model", what, texts)
+    texts = [" ".join(rng.choice(WORDS.split(), 70)) for _ in range(what.images)]
+    write_model(folder / "model", size)
     run = _run(folder, what)
     (unit,), worker = index.units(run), index.Worker(run)
     run.folders["index"].commit(unit, worker.process(unit, worker.read(unit)), seconds=0.0)
-    shape = (4, what.latent, what.latent)
+    shape = (4, what.side // 8, what.side // 8)
     for shard in run.index.shards:
         rows = run.index.shard(shard)
         described = [(row.key, {"txt": text.encode()}) for row, text in zip(rows, texts, strict=False)]
@@ -160,52 +144,12 @@ def _prepare(folder: Path, what: Size) -> None:
             path.write_bytes(shards.pack(samples))
 
 
-def _write_model(folder: Path, what: Size, texts: list[str]) -> None:
-    import diffusers
-    import transformers
-
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(what.vae), up_block_types=("UpDecoderBlock2D",) * len(what.vae),
-        block_out_channels=what.vae, layers_per_block=what.vae_layers, latent_channels=4,
-        norm_num_groups=min(32, what.vae[0] // 2), sample_size=what.side, scaling_factor=0.18215,
-    )  # fmt: skip
-    tokenizer = train_tokenizer(texts[:64], 1000)
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=max(49408, len(tokenizer)) if what.text_width == 768 else len(tokenizer),
-            hidden_size=what.text_width, intermediate_size=4 * what.text_width, num_hidden_layers=what.text_layers,
-            num_attention_heads=max(1, what.text_width // 64), bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=_unet(what),
-        scheduler=diffusers.PNDMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
-
-
-def _unet(what: Size) -> Any:
-    """SD v1-5's at its own widths (860 million parameters); the small one has attention at all levels."""
-    import diffusers
-
-    deep = len(what.unet) == 4
-    down = ("CrossAttnDownBlock2D",) * (3 if deep else len(what.unet)) + ("DownBlock2D",) * deep
-    up = ("UpBlock2D",) * deep + ("CrossAttnUpBlock2D",) * (3 if deep else len(what.unet))
-    return diffusers.UNet2DConditionModel(
-        sample_size=what.latent, in_channels=4, out_channels=4, down_block_types=down, up_block_types=up,
-        block_out_channels=what.unet, layers_per_block=what.blocks, cross_attention_dim=what.text_width,
-        attention_head_dim=8 if deep else 4, norm_num_groups=what.unet_groups,
-    )  # fmt: skip
-
-
-def _flops_per_sample(what: Size) -> float:
+def _flops_per_sample(size: str) -> float:
     """Of forward and backward pass, nothing twice: matrix products and convolutions, as PyTorch counts them."""
+    unet = build_unet(size, "meta", torch.float32)
     with torch.device("meta"):
-        unet = _unet(what)
-        latent, time_step = torch.randn(1, 4, what.latent, what.latent), torch.zeros(1, dtype=torch.long)
-        text = torch.randn(1, 77, what.text_width)
+        latent, time_step = torch.randn(1, 4, *(unet.config.sample_size,) * 2), torch.zeros(1, dtype=torch.long)
+        text = torch.randn(1, MAX_TOKENS, unet.config.cross_attention_dim)
     with FlopCounterMode(display=False) as counter:
         unet(latent, time_step, text).sample.sum().backward()
     return float(counter.get_total_flops())
@@ -247,7 +191,7 @@ def _steps(run: Run, scratch: Path) -> Iterator[float]:
             yield trainer.step(latents, text, batch)
 
 
-def _authors(folder: Path, what: Size, device: str) -> Iterator[float]:
+def _authors(folder: Path, what: Size, micro_batch: int, device: str) -> Iterator[float]:
     """The recipe of the authors' script: the loader decodes, the VAE and the text encoder run at every step.
 
     Their settings: gradient checkpointing, AdamW and EMA as diffusers' example has them, 16-bit autocast on a GPU.
@@ -260,7 +204,7 @@ def _authors(folder: Path, what: Size, device: str) -> Iterator[float]:
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if device == "cuda" else "no",
         cpu=device == "cpu",
-        gradient_accumulation_steps=what.batch // what.micro_batch,
+        gradient_accumulation_steps=what.batch // micro_batch,
     )
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model", safety_checker=None)
     vae, text_encoder, unet = pipe.vae.to(device, weights), pipe.text_encoder.to(device, weights), pipe.unet
@@ -279,7 +223,7 @@ def _authors(folder: Path, what: Size, device: str) -> Iterator[float]:
         list(described.values()), padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids
     loader = torch.utils.data.DataLoader(
-        _Images(paths, ids, what.side), batch_size=what.micro_batch, shuffle=True, drop_last=True,
+        _Images(paths, ids, what.side), batch_size=micro_batch, shuffle=True, drop_last=True,
         num_workers=what.loaders, persistent_workers=True, pin_memory=device == "cuda",
     )  # fmt: skip
     unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
@@ -375,15 +319,16 @@ def _in_two_processes(place: str, device: str, size: str) -> Row:
 
 def _main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=("ours", "baseline", "losses"))
+    parser.add_argument("way", choices=("ours", "authors", "alike", "losses"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("device")
     parser.add_argument("size")
     arguments = parser.parse_args()
     what = _what(arguments.device, arguments.size)
     with tempfile.TemporaryDirectory() as scratch:
-        if arguments.way == "baseline":
-            row = _timed(_authors(arguments.folder, what, arguments.device), what, arguments.device)
+        if arguments.way in ("authors", "alike"):
+            micro_batch = what.authors_micro_batch if arguments.way == "authors" else what.micro_batch
+            row = _timed(_authors(arguments.folder, what, micro_batch, arguments.device), what, arguments.device)
         elif arguments.way == "ours":
             row = _timed(_steps(_run(arguments.folder, what), Path(scratch)), what, arguments.device)
         else:

@@ -18,7 +18,7 @@ from vlcp_dist.models.synthesis import Synthesizer
 Row = dict[str, Any]
 SETTINGS = {"negative_prompt": "cartoon, anime, painting", "guidance_scale": 10.0}
 # images of ours, images of the baseline, batch, inference steps, pixels that are kept
-WORK = {"real": (64, 4, 32, 50, 256), "tiny": (64, 16, 32, 10, 32)}
+WORK = {"real": (64, 4, 32, 50, 256), "tiny": (64, 16, 32, 10, 64)}
 STRENGTH = 0.7
 PNG_THREADS = 4
 
