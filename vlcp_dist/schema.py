@@ -50,7 +50,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the real images are and how they are split (METHOD: Classes)."""
+    """Where the real images are and how they are split."""
 
     source: Literal["digits", "imagefolder", "imagenet", "webdataset", "parquet"]
     path: str | None = Field(None, description="a local folder, or a URL such as s3://bucket/imagenet")
@@ -67,7 +67,7 @@ class Data(Section):
 
 
 class Caption(Section):
-    """Describe every image (METHOD 1)."""
+    """Describe every image (docs/method.md, 1)."""
 
     captioner: Literal["llava", "measured"] = "llava"
     model: str = Field("llava-hf/llava-1.5-7b-hf", min_length=1)
@@ -103,7 +103,7 @@ class Diffusion(Section):
 
 
 class Encode(Section):
-    """VAE latents of every image (METHOD 3)."""
+    """VAE latents of every image (docs/method.md, 3)."""
 
     image_size: int = Field(512, ge=8, multiple_of=8)
     resize: Literal["squash", "center"] = "squash"
@@ -114,7 +114,7 @@ class Encode(Section):
 
 
 class Finetune(Section):
-    """Train the U-Net on (latent, description) pairs with the noise-prediction loss (METHOD 2, Eq. 1)."""
+    """Train the U-Net on (latent, description) pairs with the noise-prediction loss (docs/method.md, 2, Eq. 1)."""
 
     epochs: int = Field(8, ge=1)
     batch_size: int = Field(32, ge=1, description="global batch, over all workers")
@@ -163,7 +163,7 @@ class Finetune(Section):
 
 
 class Prototypes(Section):
-    """Outliers, image prototypes and text prototypes per class (METHOD 4-6)."""
+    """Outliers, image prototypes and text prototypes per class (docs/method.md, 4-6)."""
 
     backend: Literal["torch", "faiss", "cuml", "sklearn"] = Field(
         "torch", description="auto is torch: the fastest on a CPU and on a GPU, and it needs nothing else"
@@ -196,7 +196,7 @@ class Prototypes(Section):
 
 
 class Synthesize(Section):
-    """Turn each pair of prototypes into an image (METHOD 7, Eq. 6; strategies of Table 5)."""
+    """Turn each pair of prototypes into an image (docs/method.md, 7, Eq. 6; strategies of Table 5)."""
 
     strategies: list[Literal["L", "L+FK", "GGS", "DCS", "DCS-shuffled"]] = Field(
         ["DCS"], min_length=1, json_schema_extra={"fingerprint": False}
@@ -243,7 +243,7 @@ class Teacher(Section):
 
 
 class Evaluate(Section):
-    """Train classifiers on the distilled images, test them on real ones (METHOD 8). None is the published value.
+    """Train classifiers on the distilled images, test them on real ones (docs/method.md, 8). None: the published value.
 
     Several trainings share a GPU where engine.stages.evaluate.gpus_per_worker is a share of one.
     """

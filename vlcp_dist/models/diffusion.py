@@ -64,7 +64,7 @@ def load_vae(
 def encode_images(
     vae: AutoencoderKL, images: torch.Tensor, *, sample_generators: Sequence[torch.Generator] | None = None
 ) -> torch.Tensor:
-    """Scaled latents z of images: the posterior's mean, or a sample of it (METHOD.md section 3).
+    """Scaled latents z of images: the posterior's mean, or a sample of it (docs/method.md, 3).
 
     On a GPU nothing is waited for: images in pinned memory are copied, and the latents computed, while the caller
     goes on. That is why they are not looked at: in half precision some may be inf or nan.

@@ -1,8 +1,8 @@
 """The hard-label protocol: train a net from scratch on a small labelled set, and read its top-1 on a test split.
 
-The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024; METHOD 8): SGD with two drops of
-the step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device whole, so
-there is no loader.
+The protocol of the ImageNet subsets (IDC, Kim et al. 2022; Minimax, Gu et al. 2024; docs/method.md, 8): SGD with two
+drops of the step, augmentation and CutMix on every batch, no teacher. The sets are small enough to lie on the device
+whole, so there is no loader.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The soft-label protocol: a teacher labels every augmented batch, and a net of a standard architecture follows it.
 
-The protocol of ImageNet-1K and CIFAR (RDED, Sun et al. 2024; METHOD 8). It differs from RDED's script in one thing:
-there each step also runs the student on the mixed batch a second time for a figure on the screen, which updates the
-running statistics of its batch norm twice.
+The protocol of ImageNet-1K and CIFAR (RDED, Sun et al. 2024; docs/method.md, 8). It differs from RDED's script in one
+thing: there each step also runs the student on the mixed batch a second time for a figure on the screen, which
+updates the running statistics of its batch norm twice.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The standard nets of the soft-label protocol, from transformers, made here without the hub.
 
-They are torchvision's nets to the last parameter (METHOD 8; RDED trains torchvision's). The numbers of parameters are
-the same in both libraries; what differs is set here: in the configuration (MobileNet-V2 without TensorFlow's padding,
+They are torchvision's nets to the last parameter (RDED trains torchvision's). The numbers of parameters are the same in
+both libraries; what differs is set here: in the configuration (MobileNet-V2 without TensorFlow's padding,
 dropout 0.2, eps 1e-5; EfficientNet-B0 at width and depth 1, symmetric padding, eps 1e-5), where it has no key in
 `from_config` (batch-norm momentum of MobileNet-V2, the stem's padding and the dropped branches of EfficientNet, the
 stem of the CIFAR variant), and the first weights (transformers starts EfficientNet's batch norms near 0).

@@ -85,7 +85,7 @@ class PromptEncoder:
     """Text embeddings of prompts of any length; windows of text that come again are not encoded again.
 
     A prompt is cut into windows of 75 tokens; each is encoded alone between BOS and EOS, padded to 77, and the windows
-    are concatenated along the sequence (METHOD.md section 7). The shorter of prompt and negative prompt gets empty
+    are concatenated along the sequence (docs/method.md, 7). The shorter of prompt and negative prompt gets empty
     windows. A prompt is never padded to its neighbours' length, so its embedding does not depend on them.
     """
 

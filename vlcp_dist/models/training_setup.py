@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the result depends on (METHOD 2). `lora_rank` None trains all weights."""
+    """What the result depends on (docs/method.md, 2). `lora_rank` None trains all weights."""
 
     learning_rate: float = 1e-5
     warmup_steps: int = 0

@@ -1,4 +1,4 @@
-"""Mini-batch K-means (Sculley 2010) over inner products: the clustering of D4M (METHOD.md section 8)."""
+"""Mini-batch K-means (Sculley 2010) over inner products: the clustering of D4M (docs/method.md, 5)."""
 
 import math
 

@@ -45,7 +45,7 @@ class TextResult:
 
 
 def clean_description(text: str) -> str:
-    """`text` without double quotes and possessive 's (METHOD.md section 1), white space collapsed."""
+    """`text` without double quotes and possessive 's (docs/method.md, 1), white space collapsed."""
     return " ".join(_CLUTTER.sub("", text).split())
 
 
@@ -103,7 +103,7 @@ def text_prototypes(
     cluster the `k` words that occur most often, with their total occurrences; neither stop words, nor N, nor words
     found anywhere in the lower-cased class name; ties in alphabetical order. Score (Eq. 4-5): the sum of R_w[w] over
     the keywords w in a description, each once, as one of its words or, for `matching="substring"`, anywhere in it,
-    case-sensitively (METHOD.md section 6, step 5). The highest wins, ties go to the smallest key; where none scores,
+    case-sensitively (docs/method.md, 6). The highest wins, ties go to the smallest key; where none scores,
     the cluster has no description and `fallback` is set.
 
     Raises ValueError when there is not one label per item, for a label outside 0..n_clusters-1, and for beta, k or
