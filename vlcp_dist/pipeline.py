@@ -30,6 +30,7 @@ from vlcp_dist.stages import (
     pack,
     pretrain,
     prototypes,
+    soft_labels,
     synthesize,
     teachers,
 )
@@ -42,8 +43,13 @@ FAILURES_EVERY = 5.0  # seconds between writes of failures.jsonl
 def stages(cfg: Config) -> list[base.Stage]:
     """The stages of a run in their order.
 
-    `pretrain` is one of them only where no pretrained model is given, `teachers` only in the soft-label protocol.
+    `pretrain` is one of them only where no pretrained model is given, `teachers` only in the soft-label protocol or
+    where soft labels are to be stored.
     """
+    soft, labelled = cfg.evaluate.protocol == "soft", cfg.synthesize.soft_labels is not None
+    trainings = [evaluate.BASELINES, evaluate.EVALUATE]
+    if not soft:  # no teacher has a say in them, even where there is one
+        trainings = [replace(s, upstream=tuple(name for name in s.upstream if name != "teachers")) for s in trainings]
     return [
         index.STAGE,
         caption.STAGE,
@@ -53,9 +59,9 @@ def stages(cfg: Config) -> list[base.Stage]:
         finetune.STAGE,
         prototypes.STAGE,
         synthesize.STAGE,
-        *([teachers.STAGE] if cfg.evaluate.protocol == "soft" else []),
-        evaluate.BASELINES,
-        evaluate.EVALUATE,
+        *([teachers.STAGE] if soft or labelled else []),
+        *([soft_labels.STAGE] if labelled else []),
+        *trainings,
     ]
 
 

@@ -27,6 +27,7 @@ StageName = Literal[
     "prototypes",
     "synthesize",
     "teachers",
+    "soft_labels",
     "baselines",
     "evaluate",
 ]
@@ -90,7 +91,11 @@ class Pretrain(Section):
     """Make a small Stable Diffusion from the training images, for machines without pretrained weights."""
 
     vae_steps: int = Field(350, ge=1)
+    vae_channels: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(
+        [16, 32, 32], min_length=1, max_length=3, description="each level but the last halves the image"
+    )
     contrastive_steps: int = Field(150, ge=0)
+    unet_channels: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field([32, 64], min_length=1)
     num_threads: int = Field(2, ge=1)
 
 
@@ -214,6 +219,11 @@ class Synthesize(Section):
     )
     sentence_model_revision: str | None = None
     image_size: int = Field(256, ge=8)
+    soft_labels: SoftNet | None = Field(
+        None,
+        description="also store what a teacher says of every image: a net of the soft-label protocol",
+        json_schema_extra={"fingerprint": False},  # the images are the same
+    )
     batch_size: int = _knob(32, ge=1)
     compile: bool = _knob(False, description="torch.compile the U-Net: minutes at the start of every worker")
     prototypes_per_unit: int = Field(100, ge=1, description="classes are grouped into units of about this size")
@@ -302,7 +312,7 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _only_settings_of_the_protocol(self) -> "Evaluate":
         for name in ONLY_SOFT if self.protocol == "hard" else ONLY_HARD:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if name != "teacher" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"evaluate.{name} has no meaning in the {self.protocol}-label protocol; leave it out")
         return self
 
@@ -400,6 +410,11 @@ class Config(Section):
         if self.pretrain and self.encode.image_size != 32:
             raise ValueError("encode.image_size must be 32 with a pretrain section: its model is made for 32 px")
         evaluate, synthesize = self.evaluate, self.synthesize
+        if evaluate.protocol == "hard" and not synthesize.soft_labels and evaluate.teacher != Teacher():
+            raise ValueError(
+                "evaluate.teacher has no meaning in the hard-label protocol, unless there are synthesize.soft_labels; "
+                "leave it out"
+            )
         lists: dict[str, list[Any]] = {
             "ipc": self.ipc,
             "synthesize.strategies": list(synthesize.strategies),

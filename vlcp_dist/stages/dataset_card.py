@@ -62,7 +62,9 @@ torchvision.datasets.ImageFolder("train")
 ```
 
 `train/<class>/metadata.jsonl` tells of every image its class, cluster, prompt, seed and the key of the real image whose
-description is its prompt. A label is the position of the class id in sorted order.
+description is its prompt. A label is the position of the class id in sorted order. A folder `soft_labels/`
+beside this file, where there is one, holds a teacher's logits: a tensor for every class id, its rows in the order of
+`metadata.jsonl`.
 
 | setting | value |
 | --- | --- |

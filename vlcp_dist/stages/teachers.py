@@ -1,4 +1,4 @@
-"""teachers: what labels images in the soft-label protocol, trained on the real ones where no checkpoint is given."""
+"""teachers: what labels images, trained on the real ones where no checkpoint is given."""
 
 import hashlib
 import json
@@ -25,8 +25,9 @@ TRAINED = "trained"  # stands for the identity of a teacher of this run, which i
 
 def units(run: Run) -> list[Unit]:
     cfg = run.cfg.evaluate
-    size = run.index.split_sizes["train"]
-    return [Unit(net, size=size, payload={"net": net}) for net in cfg.nets if net not in cfg.teacher.checkpoints]
+    size, labelling = run.index.split_sizes["train"], run.cfg.synthesize.soft_labels
+    nets = dict.fromkeys([*(cfg.nets if cfg.protocol == "soft" else []), *([labelling] if labelling else [])])
+    return [Unit(net, size=size, payload={"net": net}) for net in nets if net not in cfg.teacher.checkpoints]
 
 
 class Worker:
