@@ -95,7 +95,7 @@ class Pretrain(Section):
         [16, 32, 32], min_length=1, max_length=3, description="each level but the last halves the image"
     )
     contrastive_steps: int = Field(150, ge=0)
-    unet_channels: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field([32, 64], min_length=1)
+    unet_channels: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field([32, 64], min_length=1, max_length=3)
     num_threads: int = Field(2, ge=1)
 
 
