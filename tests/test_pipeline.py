@@ -31,6 +31,9 @@ def test_every_stage_leaves_its_artefacts(reference):
     assert stages == set(STAGES)
     images = [name for name in files if name.endswith(".png")]
     assert len(images) == 2 * (1 + 2) * 10  # two strategies, IPC 1 and 2, ten classes
+    (model,) = reference.glob("pretrain-*/model")
+    widths = [json.loads((model / part / "config.json").read_text())["block_out_channels"] for part in ("vae", "unet")]
+    assert widths == [[8, 16, 16], [16, 32]]  # as micro.yaml has them
     assert not list(reference.glob("**/.*.tmp"))
     assert not [path for name in ("checkpoint*", "inputs-*") for path in reference.glob(f"finetune-*/{name}")]
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_network_is_refused_with_both_shapes(run_with):
     record = json.loads(metadata.read_text())
     record["files"][path.name]["bytes"] = path.stat().st_size
     metadata.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"conv_in\.weight is \[7, 4, 3, 3\] in it and \[32, 4, 3, 3\] in this model"):
+    with pytest.raises(ValueError, match=r"conv_in\.weight is \[7, 4, 3, 3\] in it and \[16, 4, 3, 3\] in this model"):
         train(run)
 
 
