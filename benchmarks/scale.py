@@ -30,8 +30,8 @@ from vlcp_dist.engine.executor import Event, Job, Resources
 from vlcp_dist.engine.pool import RayEngine
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet1k.yaml"
-NODE = {"num_cpus": 16, "num_gpus": 8}
-WORKER = Resources(cpus=4, gpus=2)
+NODE = {"num_cpus": 4, "num_gpus": 8}  # Ray starts a process for every CPU at once
+WORKER = Resources(cpus=1, gpus=2)
 WORKERS_PER_NODE = 4
 DONE = 0.95  # of the units; what is left is the tail
 VARIATION = 0.1
@@ -223,8 +223,8 @@ def _nodes_go(engine: RayEngine, folder: Path, cluster: Any, units: list[Unit], 
         "lost_seconds": lost_seconds,
         "seconds_until_full_use": full,
         "note": f"{gone} of {nodes} nodes gone after {went - start:.0f} s, back after {back - start:.0f}, in full use "
-        f"{full:.0f} s later; {len(lost)} of {len(units)} units begun twice, which lost {lost_seconds / work:.1%} of the "
-        f"work; {ours['seconds']:.0f} s, tail {ours['tail_seconds']:.1f} s; workers count while their node is up",
+        f"{full:.0f} s later; {len(lost)} of {len(units)} units begun twice, {lost_seconds / work:.1%} of the work lost; "
+        f"{ours['seconds']:.0f} s, tail {ours['tail_seconds']:.1f} s; workers count while their node is up",
     }
 
 

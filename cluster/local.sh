@@ -4,12 +4,12 @@
 #   cluster/local.sh                    until Ctrl-C; prints what other shells need
 #   cluster/local.sh COMMAND ...        starts it, runs the command, ends it, exits with the command's status
 #
-# WORKERS (2), CPUS and GPUS of each (1 and 0), RAY_PORT (6379) and DASHBOARD_PORT (8265) are taken from the environment.
+# WORKERS (2), CPUS and GPUS of each (2 and 0), RAY_PORT (6379) and DASHBOARD_PORT (8265) are taken from the environment.
 # At its end it stops the processes that it started and no others. Nodes have addresses of loopback; that Ray's own ports
 # listen on all interfaces nevertheless is Ray's doing, and the token is what they ask for.
 set -euo pipefail
 
-WORKERS=${WORKERS:-2} CPUS=${CPUS:-1} GPUS=${GPUS:-0} RAY_PORT=${RAY_PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
+WORKERS=${WORKERS:-2} CPUS=${CPUS:-2} GPUS=${GPUS:-0} RAY_PORT=${RAY_PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 
 # Short: the paths of Ray's sockets may have 107 characters. Private: it holds the token.
 folder=$(mktemp -d "${TMPDIR:-/tmp}/ray-XXXXXX")
