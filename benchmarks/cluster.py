@@ -93,21 +93,20 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _job(environment: dict[str, str], script: list[str]) -> Ended:
-    """Submit it from the repository, as cluster/README.md says, and follow its log to the end."""
+    """Submit it from the repository, as cluster/README.md says, and show its log until its end."""
     options = ["--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml"]
     command = ["ray", "job", "submit", *options, "--", "python", *script, "--progress-interval", "5"]
-    first, lines = None, []
+    first = None
     start = time.perf_counter()
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(line)
+            sys.stderr.write(line)
             if first is None and STAGE.match(line):
                 first = time.perf_counter() - start
-    log = "".join(lines)
-    assert process.returncode == 0 and first is not None, log
+    assert process.returncode == 0 and first is not None
     return Ended(time.perf_counter() - start, first)
 
 

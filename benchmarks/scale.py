@@ -186,7 +186,7 @@ def _stage(engine: RayEngine, folder: Path, stage: str, units: list[Unit], worke
 
 def _nodes_go(engine: RayEngine, folder: Path, cluster: Any, units: list[Unit], nodes: int) -> Row:
     """A third of the nodes is lost, with all that runs there, and as many come later."""
-    gone, start = nodes // 3, time.time()
+    gone, start = math.ceil(nodes / 3), time.time()
     capacity = [(start, nodes * WORKERS_PER_NODE)]
     events: list[Event] = []
     with ThreadPoolExecutor(1) as aside:
@@ -205,7 +205,7 @@ def _nodes_go(engine: RayEngine, folder: Path, cluster: Any, units: list[Unit], 
     done, lost = _spans(folder, events)
     ours = _figures(done, capacity, lost=[(began, went) for began in lost])
     came = [began for process in _begun(folder) if (began := process[0]) > went]
-    lost_seconds = sum(went - began for began in lost)
+    lost_seconds = sum(max(0.0, went - began) for began in lost)
     assert len(came) >= gone * WORKERS_PER_NODE, f"{len(came)} workers came"
     full, work = max(came) - back, sum(unit.payload["seconds"] for unit in units)
     return {
@@ -223,7 +223,7 @@ def _nodes_go(engine: RayEngine, folder: Path, cluster: Any, units: list[Unit], 
         "lost_seconds": lost_seconds,
         "seconds_until_full_use": full,
         "note": f"{gone} of {nodes} nodes gone after {went - start:.0f} s, back after {back - start:.0f}, in full use "
-        f"{full:.0f} s later; {len(lost)} of {len(units)} units begun twice, {lost_seconds / work:.1%} of the work lost; "
+        f"{full:.0f} s later; {len(lost)} of {len(units)} units begun twice, {lost_seconds / work:.1%} of the work; "
         f"{ours['seconds']:.0f} s, tail {ours['tail_seconds']:.1f} s; workers count while their node is up",
     }
 
