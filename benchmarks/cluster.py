@@ -20,7 +20,7 @@ RUNS = {
     "tiny": ("tests/micro.yaml", SMALL, "[1]", "[1,2]"),
     "real": ("configs/demo.yaml", [], "[1,5,10]", "[1,5,10,20]"),
 }
-STAGE = re.compile(r"(index|caption): ")
+STAGE = re.compile(r"\w+: \d+ of \d+ units")
 
 
 @dataclass(frozen=True)
