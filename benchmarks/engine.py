@@ -21,6 +21,7 @@ from vlcp_dist.engine.pool import RayEngine
 
 Row = dict[str, Any]
 LONG = 2.0  # seconds: shorter than any real unit, long enough that 64 workers leave two cores some rest
+OBJECT_STORE = 80 * 2**20  # bytes of a simulated node, nearly the least that Ray takes
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,17 +34,17 @@ def measure(size: str = "real") -> list[Row]:
 
 def overhead(size: str = "real") -> Row:
     """Units of one second on one actor, against a loop over the same units with the same commits."""
-    return _in_a_process("_overhead", {"tiny": 3, "real": 30}[size])
+    return in_a_process("engine._overhead", {"tiny": 3, "real": 30}[size])
 
 
 def dispatch(size: str = "real") -> Row:
     """Empty units on two actors, each with a marker written to the disk, against ray.util.ActorPool."""
-    return _in_a_process("_dispatch", *{"tiny": (2_000, 500), "real": (100_000, 10_000)}[size])
+    return in_a_process("engine._dispatch", *{"tiny": (2_000, 500), "real": (100_000, 10_000)}[size])
 
 
 def efficiency(size: str = "real") -> Row:
     """Units that sleep, on as many nodes as there are workers, all on this machine, against one worker."""
-    return _in_a_process("_efficiency", *{"tiny": (4, 3), "real": (64, 15)}[size])
+    return in_a_process("engine._efficiency", *{"tiny": (4, 3), "real": (64, 15)}[size])
 
 
 class Sleeper:
@@ -88,7 +89,7 @@ class Alone:
 
 
 def _overhead(n: int) -> Row:
-    with _scratch() as root:
+    with scratch() as root:
         units = _units(n)
         loop = _loop(_job(root / "loop", 1.0), units)
         start = time.perf_counter()
@@ -111,12 +112,11 @@ def _overhead(n: int) -> Row:
 
 
 def _dispatch(n: int, n_baseline: int) -> Row:
-    with _scratch() as root, _ray(num_cpus=2):
+    with scratch() as root, _ray(num_cpus=2):
         engine = _engine()
         _run(engine, _job(root / "warm", 0.0, workers=2), _units(100))
-        units = _units(n)
         before = psutil.Process().memory_info().rss
-        ours = n / _run(engine, _job(root / "pool", 0.0, workers=2), units)
+        ours = n / _run(engine, _job(root / "pool", 0.0, workers=2), _units(n))
         grown = (psutil.Process().memory_info().rss - before) / 2**20
         engine.close()
         plain = n_baseline / _actor_pool(_job(root / "plain", 0.0), _units(n_baseline))
@@ -156,16 +156,12 @@ def _loop(job: Job, units: list[Unit]) -> float:
 
 
 def _efficiency(workers: int, units_each: int) -> Row:
-    with _scratch() as root, _cluster(workers) as started:
+    with scratch() as root, simulated(workers, num_cpus=1) as (_, started):
         rates = {}
         for n in (1, workers):
             engine = _engine()
-            gathered = root / f"gathered{n}"
-            gathered.mkdir()
-            all_up = Job("up", StageFolder(root / f"up{n}"), Gathering, (gathered, n), resources=_resources(n))
-            _run(engine, all_up, _units(n))
-            units = _units(n * units_each)
-            rates[n] = len(units) / _run(engine, _job(root / f"run{n}", LONG, workers=n), units)
+            gather(engine, root / f"gathered{n}", n, _resources(n))
+            rates[n] = n * units_each / _run(engine, _job(root / f"run{n}", LONG, workers=n), _units(n * units_each))
             engine.close()
         used = psutil.virtual_memory().used / 2**30
     share = rates[workers] / (workers * rates[1])
@@ -182,9 +178,16 @@ def _efficiency(workers: int, units_each: int) -> Row:
     }
 
 
+def gather(engine: RayEngine, folder: Path, workers: int, resources: Resources) -> None:
+    """Return once that many workers are up."""
+    (folder / "up").mkdir(parents=True)
+    up = Job("up", StageFolder(folder / "units"), Gathering, (folder / "up", workers), resources=resources)
+    _run(engine, up, _units(workers))
+
+
 @contextlib.contextmanager
-def _cluster(nodes: int) -> Iterator[float]:
-    """That many nodes with a CPU each and a head with none, on this machine; yields the seconds they took to start.
+def simulated(nodes: int, **resources: int) -> Iterator[tuple[Any, float]]:
+    """That many nodes and a head without resources, on this machine; and the seconds they took to start.
 
     They report on themselves rarely: 64 nodes that did it as often as one would keep two cores busy.
     """
@@ -199,10 +202,10 @@ def _cluster(nodes: int) -> Iterator[float]:
     )
     try:
         for _ in range(nodes):
-            cluster.add_node(wait=False, object_store_memory=80 * 2**20)
+            cluster.add_node(wait=False, object_store_memory=OBJECT_STORE, **resources)
         cluster.wait_for_nodes(timeout=300)
         with _ray(address=cluster.address):
-            yield time.perf_counter() - start
+            yield cluster, time.perf_counter() - start
     finally:
         cluster.shutdown()
 
@@ -217,7 +220,7 @@ def _ray(**arguments: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
     """On the disk, not in memory: markers are flushed."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         yield Path(folder)
@@ -249,12 +252,12 @@ def _run(engine: RayEngine, job: Job, units: list[Unit]) -> float:
     return seconds
 
 
-def _in_a_process(function: str, *arguments: int) -> Row:
+def in_a_process(function: str, *arguments: Any) -> Any:
     """A measurement's own process: Ray's state and the memory of the one before are not in it."""
-    code = f"import json; from benchmarks import engine; print(json.dumps(engine.{function}(*{arguments})))"
+    module = function.partition(".")[0]
+    code = f"import json; from benchmarks import {module}; print(json.dumps({function}(*{arguments})))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    row: Row = json.loads(result.stdout.splitlines()[-1])
-    return row
+    return json.loads(result.stdout.splitlines()[-1])

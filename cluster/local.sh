@@ -4,12 +4,12 @@
 #   cluster/local.sh                    until Ctrl-C; prints what other shells need
 #   cluster/local.sh COMMAND ...        starts it, runs the command, ends it, exits with the command's status
 #
-# WORKERS (2), CPUS and GPUS of each (1 and 0), RAY_PORT (6379) and DASHBOARD_PORT (8265) are taken from the environment.
+# WORKERS (2), CPUS and GPUS of each (2 and 0), RAY_PORT (6379) and DASHBOARD_PORT (8265) are taken from the environment.
 # At its end it stops the processes that it started and no others. Nodes have addresses of loopback; that Ray's own ports
 # listen on all interfaces nevertheless is Ray's doing, and the token is what they ask for.
 set -euo pipefail
 
-WORKERS=${WORKERS:-2} CPUS=${CPUS:-1} GPUS=${GPUS:-0} RAY_PORT=${RAY_PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
+WORKERS=${WORKERS:-2} CPUS=${CPUS:-2} GPUS=${GPUS:-0} RAY_PORT=${RAY_PORT:-6379} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
 
 # Short: the paths of Ray's sockets may have 107 characters. Private: it holds the token.
 folder=$(mktemp -d "${TMPDIR:-/tmp}/ray-XXXXXX")
@@ -39,11 +39,14 @@ END
 source "$folder/env"
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
 
-# Each in a session of its own, so that a Ctrl-C is seen by this script alone, which ends them in order.
+# Each in a session of its own, so that a Ctrl-C is seen by this script alone, which ends them in order. A node's agent,
+# which takes jobs, listens on 127.0.0.1 beside its node's address, so on a fixed port the first of several would be the
+# only one, and none where another Ray has it: Ray then says "No available agent to submit job".
 start() {
     local log=$1
     shift
-    setsid ray start --block --disable-usage-stats --min-worker-port=0 --max-worker-port=0 "$@" >"$folder/$log" 2>&1 &
+    setsid ray start --block --disable-usage-stats --min-worker-port=0 --max-worker-port=0 \
+        --dashboard-agent-listen-port=0 "$@" >"$folder/$log" 2>&1 &
     pids+=($!)
 }
 
@@ -69,12 +72,6 @@ for ((i = 1; i <= WORKERS; i++)); do
     start "worker-$i.log" --address="127.0.0.2:$RAY_PORT" --node-ip-address="127.0.0.$((i + 2))" \
         --num-cpus="$CPUS" --num-gpus="$GPUS"
     wait_for "worker-$i.log" "${pids[i]}"
-done
-
-# Jobs are taken once the head's agent listens; that comes a little after the rest.
-until (exec 3<>/dev/tcp/127.0.0.2/52365) 2>/dev/null; do
-    kill -0 "${pids[0]}"
-    sleep 0.2
 done
 
 if (($#)); then

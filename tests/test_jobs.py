@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -71,42 +69,36 @@ def reference(checkout, tmp_path_factory):
     return root
 
 
-class Head:
-    """A Ray head of its own on this machine; `session` holds what it unpacked."""
+class Cluster:
+    """cluster/local.sh with one node of two CPUs; `session` holds what it unpacked.
 
-    def __init__(self, temporary: Path):
-        gcs, dashboard, *others = _free_ports(7)
-        token = temporary / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
+    While it starts, the port is taken on which the agents of nodes listen unless told otherwise, as where another Ray
+    runs. A head whose agent does not listen takes no jobs.
+    """
+
+    def __init__(self) -> None:
         ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
-        self.env = ours | {
+        port, dashboard = _free_ports(2)
+        env = ours | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "RAY_USAGE_STATS_ENABLED": "0",
+            "WORKERS": "1",
+            "CPUS": "2",
+            "RAY_PORT": str(port),
+            "DASHBOARD_PORT": str(dashboard),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "PYTHONUNBUFFERED": "1",  # the lines of a job as they come
-            "RAY_ADDRESS": f"127.0.0.1:{gcs}",  # Ray Train looks for a cluster by itself and must find no other
         }
-        self.session = temporary / "session_latest"
-        ports = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
-                 "runtime-env-agent-port", "metrics-export-port")  # fmt: skip
-        self._process = subprocess.Popen(
-            [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}", f"--port={gcs}",
-             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             "--min-worker-port=0", "--max-worker-port=0",
-             *(f"--{name}={port}" for name, port in zip(ports, others, strict=True))],
-            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        until(self._process, "Ray runtime started")
+        with socket.socket() as taken:
+            with suppress(OSError):  # it is taken already
+                taken.bind(("127.0.0.1", 52365))
+                taken.listen()
+            self._process = _popen(REPOSITORY / "cluster" / "local.sh", env=env)
+            folder = Path(until(self._process, r"source (\S+)/env")[1])
+        self.session = folder / "session_latest"
+        self.env = env | dict(re.findall(r"export (\w+)=(.*)", (folder / "env").read_text()))
 
     def start(self, *arguments: object, cwd: Path | None = None) -> subprocess.Popen:
-        command = [BIN / "ray", "job", *map(str, arguments)]
-        return subprocess.Popen(
-            command, env=self.env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        return _popen(BIN / "ray", "job", *map(str, arguments), env=self.env, cwd=cwd)
 
     def job(self, *arguments: object, cwd: Path | None = None) -> tuple[int, str]:
         """`ray job ...` to its end: exit code and output."""
@@ -120,20 +112,22 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head():
-    # Not below pytest's folder: the paths of Ray's sockets may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary, ExitStack() as stack:
-        head = _start(Path(temporary))
-        stack.callback(head.end)
-        yield head
+def cluster():
+    cluster = _start()
+    yield cluster
+    cluster.end()
 
 
-def _start(temporary: Path, attempts: int = 3) -> Head:
-    """A head that is up. Ray gives its processes 30 seconds for that; on a busy machine it may take another attempt."""
+def _start(attempts: int = 3) -> Cluster:
+    """One that is up. Ray gives its processes 30 seconds for that; on a busy machine it may take another attempt."""
     for _ in range(attempts - 1):
         with suppress(AssertionError):
-            return Head(temporary)
-    return Head(temporary)
+            return Cluster()
+    return Cluster()
+
+
+def _popen(*command: object, **settings: object) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -144,12 +138,12 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def until(process: subprocess.Popen, pattern: str) -> None:
+def until(process: subprocess.Popen, pattern: str) -> re.Match:
     seen = []
     for line in process.stdout:
         seen.append(line)
-        if re.search(pattern, line):
-            return
+        if match := re.search(pattern, line):
+            return match
     raise AssertionError(f"{pattern} was never printed, exit code {process.wait()}: {''.join(seen[-20:])}")
 
 
@@ -160,11 +154,11 @@ def submission(root: Path, *overrides: str, script: str = "jobs/distill.py", nam
     return ["submit", *options, "--", "python", script, *arguments]
 
 
-def test_driver_and_workers_run_the_uploaded_package(head, checkout, tmp_path):
-    code, log = head.job(*submission(tmp_path / "run", "--only", "index", script="watched.py"), cwd=checkout)
+def test_driver_and_workers_run_the_uploaded_package(cluster, checkout, tmp_path):
+    code, log = cluster.job(*submission(tmp_path / "run", "--only", "index", script="watched.py"), cwd=checkout)
     assert code == 0, log
     unpacked = Path(re.search(r"driver runs (.*)/vlcp_dist/__init__.py", log)[1])
-    assert unpacked.is_relative_to(head.session.resolve())
+    assert unpacked.is_relative_to(cluster.session.resolve())
     (marker,) = (tmp_path / "run").glob("index-*/done/*.json")
     assert json.loads(marker.read_text())["version"] == VERSION
     uploaded = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if "__pycache__" not in path.parts}
@@ -180,31 +174,31 @@ def test_driver_and_workers_run_the_uploaded_package(head, checkout, tmp_path):
         ("data.path=/absent", r"failed with exit code 1[\s\S]*/absent"),
     ],
 )
-def test_a_job_that_cannot_be_done_fails_with_the_reason(head, checkout, tmp_path, override, reason):
-    code, log = head.job(*submission(tmp_path / "run", "data.source=imagefolder", override), cwd=checkout)
+def test_a_job_that_cannot_be_done_fails_with_the_reason(cluster, checkout, tmp_path, override, reason):
+    code, log = cluster.job(*submission(tmp_path / "run", "data.source=imagefolder", override), cwd=checkout)
     assert code == 1
     assert re.search(reason, log), log
     assert "Traceback" not in log
 
 
-def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, checkout, reference, tmp_path):
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster, checkout, reference, tmp_path):
     root = tmp_path / "run"
-    first = head.start(*submission(root, name="first"), cwd=checkout)
+    first = cluster.start(*submission(root, name="first"), cwd=checkout)
     until(first, r"caption: 1 of 5")
-    _, stopped = head.job("stop", "first")
+    _, stopped = cluster.job("stop", "first")
     log, _ = first.communicate()
     assert "was stopped" in stopped
     assert "the same command goes on from here" in log and "Traceback" not in log
     kept = markers(root)
     assert kept and kept.keys() < markers(reference).keys()
-    code, log = head.job(*submission(root, script="watched.py"), cwd=checkout)
+    code, log = cluster.job(*submission(root, script="watched.py"), cwd=checkout)
     assert code == 0, log
     assert "succeeded" in log and "report: " in log
     assert "initialised CUDA" not in log
     assert kept.items() <= markers(root).items()
     assert artefacts(root) == artefacts(reference)
     kept = markers(root)
-    code, log = head.job(*submission(root, "ipc=[1,2]", script="jobs/grow_ipc.py"), cwd=checkout)
+    code, log = cluster.job(*submission(root, "ipc=[1,2]", script="jobs/grow_ipc.py"), cwd=checkout)
     assert code == 0, log
     new = markers(root).keys() - kept.keys()
     assert {name.partition("-")[0] for name in new} == {"prototypes", "synthesize", "evaluate"}
