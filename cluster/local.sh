@@ -21,7 +21,11 @@ finish() {
         kill "${pids[i]}" 2>/dev/null || true
         wait "${pids[i]}" 2>/dev/null || true
     done
-    rm -rf "$folder"
+    for ((i = 0; i < 20; i++)); do # what workers of a node log last may come while it is being removed
+        rm -rf "$folder" 2>/dev/null && return
+        sleep 0.5
+    done
+    echo "local.sh: $folder is still written to; remove it" >&2
 }
 trap finish EXIT
 trap 'exit 130' INT
