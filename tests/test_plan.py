@@ -1,6 +1,7 @@
 """`vlcp plan` with the rates of another run, and on so many machines."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def planned(cfg, trial, *columns):
 
 @pytest.fixture
 def larger(micro):
-    """larger(*overrides) -> Config on Ray of a root with an index alone: five times the classes' images, IPC 1 and 4."""
+    """larger(*overrides) -> Config on Ray with five times the images, IPC 1 and 4, of which the index is done."""
 
     def load(*overrides: str):
         settings = [*SMALL, "ipc=[1,4]", "data.limit_per_class=60", "finetune.epochs=2", *overrides]
@@ -39,7 +40,7 @@ def test_the_rates_of_a_trial_price_a_larger_run(larger, small_reference):
     took = trial.rates["synthesize"].piece_seconds * 7 * 10  # a unit of ten images, 2 steps with guidance, decoding
     assert took == pytest.approx(marker["read_seconds"] + marker["seconds"] + marker["write_seconds"], abs=0.01)
     row = rows["synthesize"]
-    assert row["rate_from"] == f"1 units of {small_reference}"
+    assert row["rate_from"] == f"1 unit of {small_reference}"
     assert row["worker_seconds_left"] == pytest.approx(5 * took, abs=0.06)
     # IPC 1 is one unit of ten images, IPC 4 five of eight: 4 x 8 beside 8 + 10 images on two workers, or so.
     assert 2.5 * took <= row["wall_seconds"]["2 CPUs"] - trial.rates["synthesize"].start <= 2.7 * took + 0.1
@@ -99,3 +100,9 @@ def test_the_command_prints_a_column_for_each_size(small_reference: Path):
     assert all(column in shown for column in ("8 GPUs", "1 CPU ", "2 CPUs", "units on cpu"))
     wrong = vlcp(*arguments, "--gpus", "0", check=False)
     assert wrong.returncode == 2 and "--gpus 0: '0' is no count of GPUs" in wrong.stderr
+
+
+def test_the_work_of_imagenet_in_the_docs_is_that_of_the_code():
+    docs = Path(__file__).parents[1] / "docs"
+    tables = runpy.run_path(str(docs / "sizing.py"))["imagenet"]()
+    assert all(table in (docs / "sizing.md").read_text() for table in tables), "python docs/sizing.py"

@@ -15,8 +15,9 @@ from vlcp_dist.schema import Config
 
 FORWARD, TRAINING = 1, 3  # an image's passes through a net: in training one forward and about two backward
 DECODE = 3  # what decoding a latent costs beside a pass of Stable Diffusion's U-Net, by operations
-# Of one class, beside a start of K-means: its inner products, by the numbers of a latent, and the clusters of the start,
-# whose number matters little as every step adds up all members' rows (measured on a CPU at 500 and 1,300 images).
+# A class's inner products take as long as a start of K-means for so many numbers of its latents, and so many clusters
+# as long as one start more: a step adds up the rows of all members, however many clusters there are. Measured on a CPU
+# with 500 and 1,300 images.
 LATENT_NUMBERS, CLUSTERS = 700, 200
 
 
@@ -24,15 +25,14 @@ LATENT_NUMBERS, CLUSTERS = 700, 200
 class Work:
     """How a unit of a stage grows.
 
-    Time grows with `pieces`, each a `piece`, bytes with `volume`; a rate holds where `settings` are the same.
+    Time grows with `pieces`, each a `piece`, bytes with `volume`: a model or a record is as large however long it
+    took. A rate holds where `settings` are the same.
     """
 
     piece: str
     pieces: Callable[[Config, Unit], float]
     settings: tuple[str, ...] = ()
-    volume: Callable[[Config, Unit], float] = lambda cfg, unit: (
-        1.0
-    )  # a model or a record is as large however long it took
+    volume: Callable[[Config, Unit], float] = lambda cfg, unit: 1.0
 
 
 def _images(cfg: Config, unit: Unit) -> float:
@@ -72,7 +72,7 @@ def _pixels(cfg: Config, unit: Unit) -> float:
 def _classifier_passes(cfg: Config, unit: Unit) -> float:
     """Of the images of a training, and of those of the test split at every look; a teacher sees every batch too."""
     training, epochs = unit.payload, unit.payload["epochs"]
-    if cfg.evaluate.protocol == "soft":
+    if cfg.evaluate.protocol == "soft":  # a look every ten epochs of the last fifth, and one at the teacher
         per_image, looks = TRAINING + FORWARD, epochs // 50 + 1
     else:
         per_image, looks = TRAINING, min(epochs, cfg.evaluate.evaluations)
@@ -107,7 +107,7 @@ WORK = {
          "finetune.channels_last", "finetune.compile", "finetune.num_threads"),
     ),
     "prototypes": Work(
-        "starts", _starts,
+        "pairs x starts", _starts,
         ("encode.image_size", "prototypes.backend", "prototypes.algorithm", "prototypes.nested",
          "prototypes.classes_per_unit"),
         _prototypes,
@@ -159,7 +159,7 @@ def measure(stage: str, cfg: Config, units: Iterable[Unit], markers: Mapping[str
     volume = sum(WORK[stage].volume(cfg, unit) for unit in done)
     infos = [markers[unit.name]["info"] for unit in done]
     return Rate(
-        source=f"{len(done)} units",
+        source=f"{len(done)} unit{'s' if len(done) > 1 else ''}",
         device=next((info.get("device", "cpu") for info in infos), "cpu"),
         piece_seconds=sum(seconds for seconds, _ in spent) / work,
         start=sum(starts) / len(starts) if starts else 0.0,

@@ -94,7 +94,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Machines]) -> lis
             continue
         left = row["units"] - row["done"]
         if row in known:
-            costs_of, source = _costs([row], names), f"{row['rate_from']} on {row['device']}"
+            costs_of, source = _costs([row], names), f"{row['rate_from']} on {row['device']}{_memory(row)}"
         if not left:
             costs_of, source = ["-"] * len(costs_of), "-"
         lines.append([row["stage"], str(row["done"]), str(left), str(row["samples_left"]), *costs_of, source])
@@ -102,6 +102,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Machines]) -> lis
     if known:
         lines.append(["known so far" if unknown else "all", "", "", "", *_costs(known, names), ""])
     return lines
+
+
+def _memory(row: Mapping[str, Any]) -> str:
+    taken = row["rate"]["gpu_bytes"]
+    return f", {taken / 2**30:.1f} GiB" if taken else ""
 
 
 def _costs(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
