@@ -72,7 +72,7 @@ def test_no_rate_is_invented(larger, small_reference, tmp_path):
         plan.load_trial(str(tmp_path / "absent"))
     for counts in ("0", "8,", "many", "-1", "1.5"):
         with pytest.raises(ConfigError, match="--gpus"):
-            plan.machines(counts, gpus=True)
+            plan.machines_of(counts, gpus=True)
 
 
 def test_workers_of_a_stage_on_so_many_machines(larger):

@@ -117,7 +117,7 @@ def plan(
     """What is cached, what would run, and what it will take: time, GPU hours, bytes, at the rates measured so far."""
     from vlcp_dist import plan as planning
 
-    columns = [*planning.machines(gpus, gpus=True), *planning.machines(cpus, gpus=False)]
+    columns = [*planning.machines_of(gpus, gpus=True), *planning.machines_of(cpus, gpus=False)]
     states = _states(config.load(config_path, overrides))
     rows = planning.rows(states, planning.load_trial(rates) if rates else None, columns)
     if as_json:

@@ -56,7 +56,7 @@ def load_trial(root: str) -> Trial:
     return Trial(root, cfg, rates)
 
 
-def machines(counts: str, *, gpus: bool) -> list[Machines]:
+def machines_of(counts: str, *, gpus: bool) -> list[Machines]:
     """Of a list such as `1,8,64`.
 
     Raises:

@@ -105,7 +105,8 @@ class StageStatus:
     def seconds_left(self, rate: Rate) -> list[float]:
         """Of one worker, for each unit that is left; one that was interrupted keeps the steps that it did."""
         beat = self._beat
-        share = 1 - beat["step"] / beat["steps"] if beat else 1.0
+        # The beat of a training that had finished is of files that are gone: it begins anew.
+        share = 1 - beat["step"] / beat["steps"] if beat and beat["step"] < beat["steps"] else 1.0
         return [share * rate.piece_seconds * costs.pieces(self.stage.name, self.cfg, unit) for unit in self.todo]
 
     def _gpus(self, device: str) -> float:
@@ -113,9 +114,9 @@ class StageStatus:
         asked = self.cfg.engine.placement(self.stage.name).gpus_per_worker
         return 0.0 if device == "cpu" else (1.0 if asked is None else asked)
 
-    @property
+    @cached_property
     def _beat(self) -> dict[str, Any] | None:
-        """How far a training of many steps is that has not finished."""
+        """How far the last training of many steps came."""
         beat = self.folder.last_heartbeat() or {}
         return beat if "seconds_per_step" in beat else None
 
