@@ -22,19 +22,7 @@ LAYERS = {  # what each part may import of the package
     "pipeline": {"costs", "status", "interrupt", "stages", "engine", "data", "config", "schema", "errors"},
     "report": {"report", "pipeline", "status", "stages", "data", "config", "schema", "errors"},
     "doctor": {"doctor", "pipeline", "stages", "engine", "models", "data", "config", "schema"},
-    "cli": {
-        "report",
-        "doctor",
-        "pipeline",
-        "plan",
-        "status",
-        "interrupt",
-        "engine",
-        "data",
-        "config",
-        "schema",
-        "errors",
-    },
+    "cli": {"report", "doctor", "plan", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
     "__main__": {"cli"},
 }
 RAY = {
