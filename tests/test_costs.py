@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from typing import get_args
 
 import pytest
 from safetensors.numpy import load_file
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from runs import SMALL
 from vlcp_dist import costs, pipeline
 from vlcp_dist.data import shards
+from vlcp_dist.schema import StageName
 
 
 @pytest.fixture
@@ -105,5 +107,5 @@ def test_a_rate_is_for_its_settings(micro):
     assert costs.differences("caption", micro("caption.batch_size=7"), here) == [
         "caption.batch_size is 7 there and 32 here"
     ]
-    for stage, work in costs.WORK.items():
-        assert costs.differences(stage, here, here) == [], work
+    assert set(costs.WORK) == set(get_args(StageName))
+    assert all(costs.differences(stage, here, here) == [] for stage in costs.WORK)

@@ -7,7 +7,7 @@ pieces count, but only where the settings are the same that make a piece heavier
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from typing import Any
 
 from vlcp_dist.data.manifest import Marker, Unit
 from vlcp_dist.ops.order import steps_per_epoch
@@ -69,6 +69,12 @@ def _pixels(cfg: Config, unit: Unit) -> float:
     return float(unit.size * cfg.synthesize.image_size**2)
 
 
+def _logits(cfg: Config, unit: Unit) -> float:
+    """One for every image and class."""
+    classes = unit.size / (unit.payload["ipc"] * cfg.synthesize.images_per_prototype)
+    return unit.size * classes
+
+
 def _classifier_passes(cfg: Config, unit: Unit) -> float:
     """Of the images of a training, and of those of the test split at every look; a teacher sees every batch too."""
     training, epochs = unit.payload, unit.payload["epochs"]
@@ -84,7 +90,9 @@ def _teacher_passes(cfg: Config, unit: Unit) -> float:
     return float(epochs * unit.size * TRAINING + (epochs // 10 + 1) * unit.payload["test_images"] * FORWARD)
 
 
-_MODEL = ("diffusion.model", "diffusion.dtype", "encode.image_size")
+_MODEL = (
+    "diffusion.model", "diffusion.dtype", "encode.image_size", "pretrain.vae_channels", "pretrain.unet_channels",
+)  # fmt: skip
 _NETS = (
     "evaluate.protocol", "evaluate.nets", "evaluate.width", "evaluate.image_size", "evaluate.dtype",
     "evaluate.batch_size", "evaluate.micro_batch_size",
@@ -98,9 +106,9 @@ WORK = {
         _images,
     ),
     "pretrain": Work("steps", lambda cfg, unit: float(cfg.pretrain.vae_steps if cfg.pretrain else 0),
-                     ("pretrain.num_threads",)),
+                     ("pretrain.num_threads", "pretrain.vae_channels")),
     "encode": Work("images", _views, (*_MODEL, "encode.batch_size", "encode.compile"), _views),
-    "pack": Work("latents", _views, ("encode.image_size",), _images),
+    "pack": Work("latents", _views, ("encode.image_size", "pretrain.vae_channels"), _images),
     "finetune": Work(
         "samples", _training_samples,
         (*_MODEL, "finetune.micro_batch_size", "finetune.gradient_checkpointing", "finetune.lora_rank",
@@ -108,8 +116,8 @@ WORK = {
     ),
     "prototypes": Work(
         "pairs x starts", _starts,
-        ("encode.image_size", "prototypes.backend", "prototypes.algorithm", "prototypes.nested",
-         "prototypes.classes_per_unit"),
+        ("encode.image_size", "pretrain.vae_channels", "prototypes.backend", "prototypes.algorithm",
+         "prototypes.nested", "prototypes.classes_per_unit"),
         _prototypes,
     ),
     "synthesize": Work(
@@ -117,8 +125,11 @@ WORK = {
         (*_MODEL, "synthesize.scheduler", "synthesize.batch_size", "synthesize.compile", "synthesize.sentence_model"),
         _pixels,
     ),
-    "teachers": Work("passes", _teacher_passes, ("evaluate.nets", "evaluate.image_size", "evaluate.dtype",
-                     "evaluate.teacher.batch_size")),
+    "teachers": Work("passes", _teacher_passes, ("evaluate.nets", "synthesize.soft_labels", "evaluate.image_size",
+                     "evaluate.dtype", "evaluate.teacher.batch_size")),
+    "soft_labels": Work(
+        "images", _images, ("synthesize.soft_labels", "evaluate.image_size", "evaluate.dtype"), _logits
+    ),
     "baselines": Work("passes", _classifier_passes, _NETS),
     "evaluate": Work("passes", _classifier_passes, _NETS),
 }  # fmt: skip
@@ -191,8 +202,16 @@ def written(marker: Marker) -> int:
 
 def differences(stage: str, there: Config, here: Config) -> list[str]:
     """The settings, with both values, for which a rate measured with `there` says nothing of `here`."""
-    found = ((name, *(attrgetter(name)(cfg) for cfg in (there, here))) for name in WORK[stage].settings)
+    found = ((name, *(_value(cfg, name) for cfg in (there, here))) for name in WORK[stage].settings)
     return [f"{name} is {theirs} there and {ours} here" for name, theirs, ours in found if theirs != ours]
+
+
+def _value(cfg: Config, name: str) -> Any:
+    """A setting by its dotted name, None in a section that the run does not have."""
+    value: Any = cfg
+    for key in name.split("."):
+        value = getattr(value, key, None)
+    return value
 
 
 def makespan(seconds: Iterable[float], workers: int) -> float:
