@@ -107,5 +107,6 @@ def test_a_rate_is_for_its_settings(micro):
     assert costs.differences("caption", micro("caption.batch_size=7"), here) == [
         "caption.batch_size is 7 there and 32 here"
     ]
+    assert costs.differences("index", micro("data.limit_per_class=2"), here)
     assert set(costs.WORK) == set(get_args(StageName))
     assert all(costs.differences(stage, here, here) == [] for stage in costs.WORK)

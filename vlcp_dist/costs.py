@@ -98,7 +98,9 @@ _NETS = (
     "evaluate.batch_size", "evaluate.micro_batch_size",
 )  # fmt: skip
 WORK = {
-    "index": Work("listing", lambda cfg, unit: 1.0),
+    "index": Work(  # how many images it will find is not known before
+        "listing", lambda cfg, unit: 1.0, ("data.source", "data.path", "data.classes", "data.limit_per_class")
+    ),
     "caption": Work(
         "images", _images,
         ("caption.captioner", "caption.model", "caption.max_new_tokens", "caption.dtype", "caption.batch_size",
