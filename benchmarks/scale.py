@@ -102,7 +102,7 @@ def _measure(size: str) -> list[Row]:
 
 def _plan(root: Path, asked: Size) -> dict[str, list[Unit]]:
     """The units of every stage that has any, the most work first as in a run; `size` is their work."""
-    from vlcp_dist import config, pipeline
+    from vlcp_dist import config, costs, pipeline
     from vlcp_dist.data.classes import ClassInfo
     from vlcp_dist.data.index import assign, files
     from vlcp_dist.stages import base
@@ -123,7 +123,7 @@ def _plan(root: Path, asked: Size) -> dict[str, list[Unit]]:
     run.folders["index"].commit(Unit("index", 0), Outcome(index, len(table)), seconds=0.0)
     plan = {}
     for stage in stages:
-        units = [replace(unit, size=round(stage.work(unit))) for unit in stage.units(run)]
+        units = [replace(unit, size=round(costs.pieces(stage.name, run.cfg, unit))) for unit in stage.units(run)]
         if units:
             plan[stage.name] = sorted(units, key=lambda unit: unit.size, reverse=True)
     return plan

@@ -16,11 +16,13 @@ LAYERS = {  # what each part may import of the package
     "engine": {"engine", "data", "errors"},
     "stages": {"stages", "engine", "models", "ops", "data", "config", "schema", "errors"},
     "interrupt": set(),
-    "status": {"stages", "data"},
-    "pipeline": {"status", "interrupt", "stages", "engine", "data", "config", "schema", "errors"},
+    "costs": {"ops", "data", "schema"},
+    "status": {"costs", "stages", "engine", "data", "schema"},
+    "plan": {"status", "costs", "engine", "data", "config", "schema", "errors"},
+    "pipeline": {"costs", "status", "interrupt", "stages", "engine", "data", "config", "schema", "errors"},
     "report": {"report", "pipeline", "status", "stages", "data", "config", "schema", "errors"},
     "doctor": {"doctor", "pipeline", "stages", "engine", "models", "data", "config", "schema"},
-    "cli": {"report", "doctor", "pipeline", "status", "interrupt", "engine", "data", "config", "schema", "errors"},
+    "cli": {"report", "doctor", "plan", "pipeline", "status", "interrupt", "engine", "data", "config", "errors"},
     "__main__": {"cli"},
 }
 RAY = {

@@ -191,7 +191,8 @@ def test_a_trial_of_some_units_measures_the_rates(tmp_path):
     plan = {row["stage"]: row for row in json.loads(vlcp("plan", *arguments, "--json").stdout)}
     row, marker = plan["caption"], [json.loads(p.read_text()) for p in root.glob("caption-*/done/*.json")]
     assert row["done"] == 2 and row["samples_left"] == 104 and row["rate_from"] == "2 units"
-    assert row["worker_seconds_left"] == pytest.approx(104 / 16 * sum(m["seconds"] for m in marker), abs=0.06)
+    spent = sum(m["read_seconds"] + m["seconds"] + m["write_seconds"] for m in marker)  # one after the other
+    assert row["worker_seconds_left"] == pytest.approx(104 / 16 * spent, abs=0.06)
     written = sum(f["bytes"] for m in marker for f in m["files"].values())
     assert row["bytes_left"] == pytest.approx(104 / 16 * written, abs=1)
     assert plan["encode"]["rate_from"] is None

@@ -103,36 +103,38 @@ def run(
 
 
 @app.command()
-def plan(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """What is cached, what would run, and what it will take: GPU hours and bytes, at the rates measured so far."""
-    from vlcp_dist.engine.progress import duration
+def plan(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    *,
+    rates: Annotated[
+        str | None, typer.Option(metavar="RUN", help="root of a run, such as a trial, for what has no rate yet")
+    ] = None,
+    gpus: Annotated[str, typer.Option(metavar="N,N,...", help="how long it takes on so many GPUs")] = "",
+    cpus: Annotated[str, typer.Option(metavar="N,N,...", help="how long it takes on so many CPUs, without GPUs")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """What is cached, what would run, and what it will take: time, GPU hours, bytes, at the rates measured so far."""
+    from vlcp_dist import plan as planning
 
+    columns = [*planning.machines_of(gpus, gpus=True), *planning.machines_of(cpus, gpus=False)]
     states = _states(config.load(config_path, overrides))
-    rows = [state.summary() | {"stage": name} for name, state in states.items()]
+    rows = planning.rows(states, planning.load_trial(rates) if rates else None, columns)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(
-        "stage", "units cached", "units to run", "samples to run", "worker time", "GPU h", "GiB", "rate measured by"
-    )
-    for row in rows:
-        if row["units"] is None:
-            table.add_row(row["stage"], "?", "after the index", *"?????")
-            continue
-        left = row["units"] - row["done"]
-        cells = ["-"] * 4
-        if left and row["rate_from"]:
-            size = "?" if row["bytes_left"] is None else f"{row['bytes_left'] / 2**30:.2f}"
-            hours = f"{row['gpu_hours_left']:.1f}" if row["device"] != "cpu" else "-"
-            cells = [duration(row["worker_seconds_left"]), hours, size, f"{row['rate_from']} on {row['device']}"]
-        elif left:
-            cells = ["?", "?", "?", "nothing yet"]
-        table.add_row(row["stage"], str(row["done"]), str(left), str(row["samples_left"]), *cells)
+    header, *lines = planning.table(rows, columns)
+    table = Table(*header)
+    for line in lines:
+        table.add_row(*line)
     _show(table)
+    for row in rows:
+        if row["no_rate"]:
+            print(f"{row['stage']}: {row['no_rate']}")
     if any(row["units"] is None for row in rows):
         print("The index says which units there are: `vlcp run --only index` makes it.")
     elif any(row["done"] < row["units"] and not row["rate_from"] for row in rows):
-        print("A trial measures the missing rates: `vlcp run --max-units 2`.")
+        print("A trial measures the missing rates: `vlcp run --max-units 2`; docs/sizing.md has one of all stages.")
 
 
 @app.command()

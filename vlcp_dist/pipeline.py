@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlcp_dist.costs import pieces
 from vlcp_dist.data import storage
 from vlcp_dist.data.manifest import Unit
 from vlcp_dist.engine.executor import Event
@@ -221,7 +223,11 @@ def _run_stage(
         if unit.name not in keep
     ]
     # The longest first, so that none begins when the others have finished; a trial takes them as they come.
-    todo = sorted(todo, key=stage.work, reverse=True) if max_units is None else todo[:max_units]
+    todo = (
+        sorted(todo, key=partial(pieces, stage.name, context.cfg), reverse=True)
+        if max_units is None
+        else todo[:max_units]
+    )
     progress.start(stage.name, state.units or [], keep, folder)
     if not todo:
         return state

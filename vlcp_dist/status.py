@@ -2,10 +2,15 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from vlcp_dist import costs
+from vlcp_dist.costs import Rate
 from vlcp_dist.data.manifest import Marker, StageFolder, Unit
+from vlcp_dist.engine.executor import IN_FLIGHT
+from vlcp_dist.schema import Config
 from vlcp_dist.stages import base
 
 
@@ -21,8 +26,7 @@ class StageStatus:
     units: list[Unit] | None
     markers: dict[str, Marker]
     damaged: dict[str, str]
-    gpus_per_worker: float | None
-    workers_per_unit: int = 1
+    cfg: Config
 
     @property
     def todo(self) -> list[Unit]:
@@ -35,12 +39,24 @@ class StageStatus:
     def without_markers(self, why: str) -> "StageStatus":
         return replace(self, markers={}, damaged=self.damaged | dict.fromkeys(self.markers, why))
 
-    def summary(self) -> dict[str, Any]:
-        """The row of this stage in `vlcp status` and `vlcp plan`, JSON-ready."""
+    @cached_property
+    def rate(self) -> Rate | None:
+        """What its units took, or the steps of one that was interrupted; None where nothing is done yet."""
+        overlap = IN_FLIGHT if self.cfg.engine.kind == "ray" else 1
+        measured = costs.measure(self.stage.name, self.cfg, self.units or [], self.markers, overlap)
+        beat = self._beat
+        if measured or not beat:
+            return measured
+        seconds = beat["seconds_per_step"] * self.cfg.finetune.workers / self.cfg.finetune.batch_size
+        return Rate(f"{beat['step']} steps", beat["device"], seconds)
+
+    def summary(self, rate: Rate | None = None) -> dict[str, Any]:
+        """The row of this stage in `vlcp status` and `vlcp plan`, JSON-ready; `rate` as in `estimate`."""
         totals = {
             name: sum(marker[name] for marker in self.markers.values())
             for name in ("n_in", "n_ok", "n_failed", "seconds")
         }
+        device = self.rate.device if self.rate else "cpu"
         return {
             "stage": self.stage.name,
             "folder": str(self.folder.path),
@@ -50,12 +66,12 @@ class StageStatus:
             "samples": totals["n_in"],
             "samples_ok": totals["n_ok"],
             "samples_failed": totals["n_failed"],
-            "bytes": _bytes(self.markers),
+            "bytes": sum(costs.written(marker) for marker in self.markers.values()),
             "worker_seconds": round(totals["seconds"], 1),
             "notices": self.notices(),
-            "gpu_hours": round(self._gpus(self._device()) * totals["seconds"] / 3600, 4),
+            "gpu_hours": round(self._gpus(device) * totals["seconds"] / 3600, 4),
             "samples_left": None if self.units is None else sum(unit.size for unit in self.todo),
-            **self.estimate(),
+            **self.estimate(rate),
         }
 
     def notices(self) -> dict[str, int]:
@@ -66,49 +82,43 @@ class StageStatus:
         }
         return {words: count for words, count in sums.items() if count}
 
-    def estimate(self) -> dict[str, Any]:
-        """What the units left will take, at the rate of those that are done; None where none is done yet.
+    def estimate(self, rate: Rate | None = None) -> dict[str, Any]:
+        """What the units left will take, at the stage's own rate or else the one given; None where there is neither.
 
-        A single long unit that was interrupted has its steps to go by. `gpu_hours_left` is 0 where the rate was
-        measured on a CPU.
+        `gpu_hours_left` is 0 where the rate was measured on a CPU.
         """
-        unknown = dict.fromkeys(("rate_from", "worker_seconds_left", "gpu_hours_left", "bytes_left", "device"))
-        steps_done = self._steps()
-        if self.units is None or (not self.markers and not steps_done):
-            return unknown
-        left = sum(self.stage.work(unit) for unit in self.todo)
-        if self.markers:
-            done = [unit for unit in self.units if unit.name in self.markers]
-            work = sum(self.stage.work(unit) for unit in done) or 1
-            seconds = left * self.workers_per_unit * sum(marker["seconds"] for marker in self.markers.values()) / work
-            bytes_left: int | None = round(left * _bytes(self.markers) / work)
-            device = self._device()
-            rate_from = f"{len(done)} units"
-        else:
-            assert steps_done is not None
-            step, steps, seconds_per_step, device = steps_done
-            seconds, bytes_left = (steps - step) * seconds_per_step * self.workers_per_unit, None
-            rate_from = f"{step} steps"
+        rate, name = self.rate or rate, self.stage.name
+        if self.units is None or rate is None:
+            unknown = "rate", "rate_from", "worker_seconds_left", "gpu_hours_left", "bytes_left", "device"
+            return dict.fromkeys(unknown)
+        seconds = sum(self.seconds_left(rate))
+        volume = sum(costs.WORK[name].volume(self.cfg, unit) for unit in self.todo)
         return {
-            "rate_from": rate_from,
+            "rate": asdict(rate),
+            "rate_from": rate.source,
             "worker_seconds_left": round(seconds, 1),
-            "gpu_hours_left": round(seconds * self._gpus(device) / 3600, 3),
-            "bytes_left": bytes_left if left else 0,
-            "device": device,
+            "gpu_hours_left": round(seconds * self._gpus(rate.device) / 3600, 3),
+            "bytes_left": None if rate.volume_bytes is None else round(volume * rate.volume_bytes),
+            "device": rate.device,
         }
 
-    def _device(self) -> str:
-        """What the units were measured on: `cpu`, or the name of a GPU."""
-        return next((marker["info"].get("device", "cpu") for marker in self.markers.values()), "cpu")
+    def seconds_left(self, rate: Rate) -> list[float]:
+        """Of one worker, for each unit that is left; one that was interrupted keeps the steps that it did."""
+        beat = self._beat
+        # The beat of a training that had finished is of files that are gone: it begins anew.
+        share = 1 - beat["step"] / beat["steps"] if beat and beat["step"] < beat["steps"] else 1.0
+        return [share * rate.piece_seconds * costs.pieces(self.stage.name, self.cfg, unit) for unit in self.todo]
 
     def _gpus(self, device: str) -> float:
-        return 0.0 if device == "cpu" else (1.0 if self.gpus_per_worker is None else self.gpus_per_worker)
+        """Of one worker that was measured on `device`."""
+        asked = self.cfg.engine.placement(self.stage.name).gpus_per_worker
+        return 0.0 if device == "cpu" else (1.0 if asked is None else asked)
 
-    def _steps(self) -> tuple[int, int, float, str] | None:
+    @cached_property
+    def _beat(self) -> dict[str, Any] | None:
+        """How far the last training of many steps came."""
         beat = self.folder.last_heartbeat() or {}
-        if "seconds_per_step" not in beat:
-            return None
-        return beat["step"], beat["steps"], beat["seconds_per_step"], beat["device"]
+        return beat if "seconds_per_step" in beat else None
 
 
 def stage_status(run: base.Run, stage: base.Stage) -> StageStatus:
@@ -117,9 +127,7 @@ def stage_status(run: base.Run, stage: base.Stage) -> StageStatus:
     known = stage.name == "index" or run.folders["index"].marker("index") is not None
     units = stage.units(run) if known else None
     scan = folder.scan(units or [])
-    gpus = run.cfg.engine.placement(stage.name).gpus_per_worker
-    workers = run.cfg.finetune.workers if stage.launch else 1
-    return StageStatus(stage, folder, units, scan.done, scan.damaged, gpus, workers)
+    return StageStatus(stage, folder, units, scan.done, scan.damaged, run.cfg)
 
 
 def digests(state: StageStatus) -> dict[str, str]:
@@ -157,7 +165,3 @@ def failures(statuses: Iterable[StageStatus]) -> list[dict[str, str]]:
             for failure in marker["failed"]:
                 first.setdefault(failure["key"], {"stage": item.stage.name, **failure})
     return list(first.values())
-
-
-def _bytes(markers: dict[str, Marker]) -> int:
-    return sum(facts["bytes"] for marker in markers.values() for facts in marker["files"].values())

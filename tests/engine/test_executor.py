@@ -70,20 +70,23 @@ class Plain:
 
 
 def test_the_time_for_which_data_were_missing_is_told_from_the_time_of_reading(tmp_path, monkeypatch):
-    """On a clock of the test's own: reading takes 5 s, then computing 3 s, and nothing else is in the way."""
-    ticks = iter([100.0, 105.0, 105.5, 108.5])
+    """On a clock of the test's own: the worker takes 2 s, reading 5 s, computing 3 s, nothing else is in the way."""
+    ticks = iter([98.0, 100.0, 100.0, 105.0, 105.5, 108.5])
     monkeypatch.setattr("vlcp_dist.engine.executor.clock", lambda: next(ticks))
     marker = Executor().process(Job("test", StageFolder(tmp_path), Plain, None), Unit("u", 1))
     assert (marker["read_seconds"], marker["wait_seconds"], marker["seconds"]) == (5.0, 5.0, 3.0)
+    assert marker["start_seconds"] == 2.0
 
 
 def test_reading_that_ends_before_the_unit_before_does_costs_no_wait(tmp_path, monkeypatch):
-    ticks = iter([100.0, 100.0, 100.0, 110.0, 104.0, 109.0, 110.0, 111.0, 104.0, 112.0, 112.0, 113.0])
+    ticks = iter([99.0, 100.0, 100.0, 100.0, 100.0, 110.0, 104.0, 109.0, 110.0, 111.0, 104.0, 112.0, 112.0, 113.0])
     monkeypatch.setattr("vlcp_dist.engine.executor.clock", lambda: next(ticks))
     executor, job = Executor(), Job("test", StageFolder(tmp_path), Plain, None)
     assert executor.process(job, Unit("first", 1))["seconds"] == 10.0
     assert executor.process(job, Unit("read in time", 1))["wait_seconds"] == 0.0
-    assert executor.process(job, Unit("read late", 1))["wait_seconds"] == 1.0  # 111 to 112, though it took 8 s
+    late = executor.process(job, Unit("read late", 1))
+    assert late["wait_seconds"] == 1.0  # 111 to 112, though it took 8 s
+    assert late["start_seconds"] == 0.0  # the first unit's worker serves all
 
 
 def test_a_late_attempt_does_not_replace_what_another_has_done(tmp_path, scratch):

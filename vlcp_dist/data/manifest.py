@@ -117,7 +117,14 @@ class StageFolder:
         storage.write(self.failures, b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
     def commit(
-        self, unit: Unit, outcome: Outcome, *, seconds: float, read_seconds: float = 0.0, wait_seconds: float = 0.0
+        self,
+        unit: Unit,
+        outcome: Outcome,
+        *,
+        seconds: float,
+        read_seconds: float = 0.0,
+        wait_seconds: float = 0.0,
+        start_seconds: float = 0.0,
     ) -> Marker:
         """Write a unit's files, then its marker; only the marker makes it count. Returns the marker that stands.
 
@@ -144,6 +151,7 @@ class StageFolder:
             "seconds": round(seconds, 3),
             "read_seconds": round(read_seconds, 3),
             "wait_seconds": round(wait_seconds, 3),
+            "start_seconds": round(start_seconds, 3),
             "write_seconds": round(time.perf_counter() - began, 3),
             "finished": round(time.time(), 3),
             "version": vlcp_dist.__version__,

@@ -11,9 +11,8 @@ from ray.exceptions import RayError, RayTaskError
 from rich.text import Text
 
 from vlcp_dist.engine.attempts import Task
-from vlcp_dist.engine.executor import Attempt, Executor, Job, Unit
+from vlcp_dist.engine.executor import IN_FLIGHT, Attempt, Executor, Job, Unit
 
-IN_FLIGHT = 2  # calls with an actor: one is read while the other computes, so that an actor never idles between units
 REFRESH = 3.0  # seconds between looks at the nodes
 CALL_SECONDS = 0.5  # a call begins no further unit after this
 

@@ -13,6 +13,9 @@ from threadpoolctl import threadpool_limits
 from vlcp_dist.data.manifest import Marker, Outcome, StageFolder, Unit
 from vlcp_dist.errors import Stopped
 
+# Units with a worker on Ray: one is read and one written while another computes, so that it never idles between them.
+IN_FLIGHT = 2
+
 
 class Worker(Protocol):
     """The one thing that a stage writes for the engine: built once per process, then called for unit after unit."""
@@ -99,6 +102,7 @@ class Executor:
         self._building = threading.Lock()
         self._computing = threading.Lock()
         self._built: tuple[Job, Worker] | None = None
+        self._created = clock()
         self._computed_until = 0.0
         self._limited = threading.local()
 
@@ -119,9 +123,10 @@ class Executor:
     def process(self, job: Job, unit: Unit) -> Marker:
         """Read, compute and commit a unit. Times in the marker are wall-clock seconds.
 
-        `wait_seconds` is how long nothing could be computed because this unit's data were not there yet, or not ready.
+        `wait_seconds` is how long nothing could be computed because this unit's data were not there yet, or not ready;
+        `start_seconds` how long its worker took to be ready for the job, in the unit that found none.
         """
-        worker = self._worker(job)
+        worker, start_seconds = self._worker(job)
         began = clock()
         data = worker.read(unit)
         read = clock()
@@ -135,17 +140,24 @@ class Executor:
                 self._computed_until = clock()
             seconds = self._computed_until - start
         del data  # its memory is free while the outcome is written
-        outcome.info["device"] = _device()
+        outcome.info |= _device()
         waited += outcome.wait_seconds
-        return job.folder.commit(unit, outcome, seconds=seconds, read_seconds=read - began, wait_seconds=waited)
+        return job.folder.commit(
+            unit, outcome,
+            seconds=seconds, read_seconds=read - began, wait_seconds=waited, start_seconds=start_seconds,
+        )  # fmt: skip
 
-    def _worker(self, job: Job) -> Worker:
+    def _worker(self, job: Job) -> tuple[Worker, float]:
+        """The job's worker, and the seconds it took to make it if there was none."""
         with self._building:
-            if self._built is None or self._built[0] is not job:
-                self._built = None  # frees the memory of the stage before
-                self._limit_threads(job.threads)
-                self._built = job, job.make_worker(job.argument)
-            return self._built[1]
+            if self._built is not None and self._built[0] is job:
+                return self._built[1], 0.0
+            began = self._created if self._built is None else clock()  # the first job brings its imports with it
+            self._built = None  # frees the memory of the stage before
+            _forget_peak()
+            self._limit_threads(job.threads)
+            self._built = job, job.make_worker(job.argument)
+            return self._built[1], clock() - began
 
     def _limit_threads(self, threads: int) -> None:
         """Limit this thread, again whenever modules were imported: they may have brought thread pools with them."""
@@ -160,10 +172,18 @@ class Executor:
         self._limited.state = threads, len(sys.modules)
 
 
-def _device() -> str:
+def _device() -> dict[str, Any]:
+    """What the unit ran on, `cpu` or the name of a GPU, and of a GPU the most memory that this stage has taken here."""
     if "torch" in sys.modules:
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
-    return "cpu"
+            return {"device": torch.cuda.get_device_name(), "gpu_bytes": torch.cuda.max_memory_allocated()}
+    return {"device": "cpu"}
+
+
+def _forget_peak() -> None:
+    """A process may serve several stages: each is told its own peak."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()

@@ -9,9 +9,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rich.text import Text
 
-from vlcp_dist.engine.actors import CALL_SECONDS, IN_FLIGHT, Actors, Call, Slot, describe, describe_cluster
+from vlcp_dist.engine.actors import CALL_SECONDS, Actors, Call, Slot, describe, describe_cluster
 from vlcp_dist.engine.attempts import Attempts, Task
-from vlcp_dist.engine.executor import Attempt, Event, Job, Unit, never
+from vlcp_dist.engine.executor import IN_FLIGHT, Attempt, Event, Job, Unit, never
 from vlcp_dist.engine.metrics import Metrics
 from vlcp_dist.errors import StageFailed
 

@@ -133,10 +133,9 @@ class Run:
 class Stage:
     """A step of the pipeline. `content` is the part of the configuration that its results depend on.
 
-    `work` weighs a unit for estimates of time. Raise `version` when the code comes to give other results for the same
-    configuration. `check` is called on the driver before anything is started, and raises `InputError` where the stage
-    cannot run. `notices` says in words what of its markers' `info` a user should hear of. A stage without `gpu` leaves
-    the GPUs alone.
+    Raise `version` when the code comes to give other results for the same configuration. `check` is called on the
+    driver before anything is started, and raises `InputError` where the stage cannot run. `notices` says in words what
+    of its markers' `info` a user should hear of. A stage without `gpu` leaves the GPUs alone.
     """
 
     name: str
@@ -146,7 +145,6 @@ class Stage:
     worker: Callable[[Run], Worker]
     threads: Callable[[Config], int] = lambda _: 1
     launch: Callable[..., None] | None = None  # runs (run, job, unit, on_event) on Ray instead of the pool
-    work: Callable[[Unit], float] = lambda unit: unit.size
     check: Callable[[Config], None] | None = None
     notices: Mapping[str, str] = field(default_factory=dict)
     gpu: bool = True

@@ -70,6 +70,7 @@ def _trainings(run: Run, method: str, ipc: int, per_class: int) -> list[Unit]:
                 "net": net,
                 "epochs": epochs,
                 "seed": seed,
+                "test_images": run.index.split_sizes[cfg.split],
             },
         )
         for net in cfg.nets
@@ -266,10 +267,6 @@ def _soft(cfg: Evaluate, training: dict[str, Any]) -> soft_label.Protocol:
     )
 
 
-def _work(unit: Unit) -> float:
-    return float(unit.size * unit.payload["epochs"])
-
-
 def _settings(cfg: Config) -> object:
     """The settings of the protocol that is used. Those of its teachers are their stage's, which is upstream."""
     others = {*ONLY_HARD, "teacher"} if cfg.evaluate.protocol == "soft" else {*ONLY_SOFT}
@@ -289,7 +286,6 @@ BASELINES = Stage(
     content=_settings,
     units=baseline_units,
     worker=Worker,
-    work=_work,
     reads_images=True,
 )
 EVALUATE = Stage(
@@ -298,6 +294,5 @@ EVALUATE = Stage(
     content=_evaluate_content,
     units=distilled_units,
     worker=Worker,
-    work=_work,
     reads_images=True,
 )

@@ -25,9 +25,13 @@ TRAINED = "trained"  # stands for the identity of a teacher of this run, which i
 
 def units(run: Run) -> list[Unit]:
     cfg = run.cfg.evaluate
-    size, labelling = run.index.split_sizes["train"], run.cfg.synthesize.soft_labels
+    sizes, labelling = run.index.split_sizes, run.cfg.synthesize.soft_labels
     nets = dict.fromkeys([*(cfg.nets if cfg.protocol == "soft" else []), *([labelling] if labelling else [])])
-    return [Unit(net, size=size, payload={"net": net}) for net in nets if net not in cfg.teacher.checkpoints]
+    return [
+        Unit(net, size=sizes["train"], payload={"net": net, "test_images": sizes[cfg.split]})
+        for net in nets
+        if net not in cfg.teacher.checkpoints
+    ]
 
 
 class Worker:
