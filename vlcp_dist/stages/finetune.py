@@ -64,6 +64,7 @@ class Worker:
             for batch, latents, text in ahead:
                 loss = trainer.step(latents, text, batch, stop=trainer.rank == 0 and folder.stop_requested())
                 if trainer.diverged():
+                    saver.close()  # the checkpoint to go back to may still be on its way
                     raise ValueError(_divergence(run, inputs, trainer, batch))
                 log.step(loss)
                 step = trainer.step_number
