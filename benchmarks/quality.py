@@ -1,6 +1,6 @@
 """quality: top-1 on held-out real images of nets trained on what each method leaves, at IPC 1, 10 and 50, three seeds.
 
-Whole runs, an hour on two cores, in `runs/`; one that is there already is gone on with. `ours` is the mean over the
+Whole runs, which take long, in `runs/`; one that is there already is gone on with. `ours` is the mean over the
 seeds, the baseline random real images.
 """
 
